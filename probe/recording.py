@@ -1,0 +1,117 @@
+"""From flat numpy arrays to the DataTree of a recording; no model and no tensor in sight.
+
+Whatever records (hooks, a back end, a test with a planted truth) hands its rows to :func:`build`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from probe import schema
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text of a recording: its name, domain, the SHA-256 of what was recorded and how many tokens were cut off."""
+
+    name: str
+    domain: str = schema.NO_DOMAIN
+    text_sha256: str = ""
+    n_cut: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the rows of a recording refer to.
+
+    ``layers`` are the decoder's own indices of its MoE layers and ``rope`` says of each whether its attention is rotary.
+    """
+
+    layers: Sequence[int]
+    rope: Sequence[bool]
+    n_experts: int
+    top_k: int
+
+
+def build(
+    rows: Mapping[str, np.ndarray],
+    *,
+    samples: Sequence[Sample],
+    probability_sum: np.ndarray,
+    layout: Layout,
+    pieces: Mapping[int, bytes],
+    attributes: Mapping[str, Any],
+) -> xr.DataTree:
+    """Assemble a recording.
+
+    Parameters
+    ----------
+    rows : variables of ``/routing`` along ``token``, sorted by ``sample`` and, within it, by ``position``; coords
+        ``sample``, ``position``, ``token_id``, ``modality`` and ``phase`` among them.
+    samples : one entry for every value of ``rows["sample"]``; a sample may have no rows.
+    probability_sum : (sample, layer, expert), softmax of the raw logits summed over a sample's tokens.
+    layout : layers, experts and slots that the rows refer to.
+    pieces : bytes of every token id that occurs.
+    attributes : root attributes; see ``schema.ROOT_ATTRIBUTES``.
+    """
+    n_tokens = np.bincount(rows["sample"], minlength=len(samples)).astype(np.int64)
+    kinds = np.array([schema.ATTENTION_KINDS.index("rope" if rope else "nope") for rope in layout.rope], np.uint8)
+    layer_coords = {"layer": np.asarray(layout.layers, np.int64), "attention_kind": kinds}
+    experts = np.arange(layout.n_experts)
+    layer_categories = {"attention_kind": schema.ATTENTION_KINDS}
+
+    domains = list(dict.fromkeys(sample.domain for sample in samples))
+    domain_code = np.array([domains.index(sample.domain) for sample in samples], schema.code_dtype(len(domains)))
+    routing = schema.dataset(
+        "routing",
+        {**rows, "domain": domain_code[rows["sample"]], **layer_coords, "expert": experts},
+        categories=layer_categories
+        | {"domain": domains, "modality": schema.MODALITIES, "phase": schema.PHASES},
+    )
+    sample_table = schema.dataset(
+        "samples",
+        {
+            "name": [sample.name for sample in samples],
+            "domain": [sample.domain for sample in samples],
+            "n_tokens": n_tokens,
+            "n_cut": [sample.n_cut for sample in samples],
+            "row_offset": np.concatenate([[0], np.cumsum(n_tokens)])[:-1],
+            "text_sha256": [sample.text_sha256 for sample in samples],
+            "expert_count": expert_count(rows["expert_index"], rows["sample"], len(samples), layout.n_experts),
+            "probability_sum": probability_sum,
+            "sample": np.arange(len(samples)),
+            "expert": experts,
+            **layer_coords,
+        },
+        categories=layer_categories,
+    )
+    vocabulary = schema.dataset(
+        "vocabulary",
+        {
+            "token_id": np.array(sorted(pieces), np.uint32),
+            "piece": [pieces[token_id].decode("latin-1") for token_id in sorted(pieces)],
+        },
+    )
+    return xr.DataTree.from_dict(
+        {
+            "/": xr.Dataset(attrs=dict(attributes)),
+            "/routing": routing,
+            "/samples": sample_table,
+            "/vocabulary": vocabulary,
+        }
+    )
+
+
+def expert_count(expert_index: np.ndarray, sample: np.ndarray, n_samples: int, n_experts: int) -> np.ndarray:
+    """Assignments (sample, layer, expert) from ``expert_index`` (token, layer, slot) and ``sample`` (token)."""
+    n_layers = expert_index.shape[1]
+    counts = np.empty((n_samples, n_layers, n_experts), np.uint32)
+    for layer in range(n_layers):
+        cell = sample.astype(np.int64)[:, None] * n_experts + expert_index[:, layer]
+        counts[:, layer] = np.bincount(cell.ravel(), minlength=n_samples * n_experts).reshape(n_samples, n_experts)
+    return counts

@@ -1,0 +1,275 @@
+"""The data model: every group of a recording, with its dims, dtypes, units and meaning.
+
+A recording is an ``xarray.DataTree`` whose groups are self-contained Datasets. This page is the only place that says what
+is in them: recorders build with :func:`dataset`, stores and statistics check with :func:`validate` and :func:`group`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+SCHEMA_VERSION = 1
+
+NO_DOMAIN = "(none)"
+"""What stands in ``domain`` where a text was given none."""
+
+PHASES = ("prefill", "decode")
+MODALITIES = ("text", "image patch", "image structure")
+ATTENTION_KINDS = ("rope", "nope")
+
+
+class ProbeError(Exception):
+    """Base of every error that probe raises on purpose: it names the thing and says what to do."""
+
+
+class SchemaError(ProbeError):
+    """A recording does not look as this module says that it must."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable or coord of a group.
+
+    ``dtypes`` lists what is accepted, the first being what probe writes; ``"str"`` is variable-length text.
+    """
+
+    dims: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    long_name: str
+    units: str = "1"
+    coord: bool = False
+    required: bool = True
+
+
+EXPERT_ID = ("uint8", "uint16")
+CODE = ("uint8", "uint16", "uint32")
+
+ROUTING = {
+    "expert_index": Variable(("token", "layer", "slot"), EXPERT_ID, "chosen expert, strongest first"),
+    "router_logit": Variable(("token", "layer", "slot"), ("float16",), "raw logit of the chosen expert", "logit"),
+    "runner_up_index": Variable(("token", "layer"), EXPERT_ID, "best expert that was not chosen", required=False),
+    "router_margin": Variable(("token", "layer"), ("float16",), "weakest chosen minus best not chosen logit", "logit"),
+    "logit_logsumexp": Variable(("token", "layer"), ("float32",), "log-sum-exp of all raw logits", "logit"),
+    "all_logits": Variable(
+        ("token", "layer", "expert"), ("float16",), "raw logit of every expert", "logit", required=False
+    ),
+    "next_token_loss": Variable(("token",), ("float32",), "cross entropy of the next token", "nat", required=False),
+    "predicted_id": Variable(("token",), ("uint32",), "most likely next token", required=False),
+    "sample": Variable(("token",), ("uint32",), "index into /samples", coord=True),
+    "position": Variable(("token",), ("uint32",), "position in the sample, from 0", coord=True),
+    "token_id": Variable(("token",), ("uint32",), "id in the tokenizer's vocabulary", coord=True),
+    "domain": Variable(("token",), CODE, "domain of the sample", coord=True),
+    "role": Variable(("token",), CODE, "role in a chat", coord=True, required=False),
+    "modality": Variable(("token",), CODE, "kind of token", coord=True),
+    "phase": Variable(("token",), CODE, "prefill or decode", coord=True),
+    "layer": Variable(("layer",), ("int64",), "decoder layer, dense layers included in the count", coord=True),
+    "attention_kind": Variable(("layer",), CODE, "rotary (rope) or no (nope) position in attention", coord=True),
+    "expert": Variable(("expert",), ("int64",), "expert", coord=True),
+}
+
+SAMPLES = {
+    "name": Variable(("sample",), ("str",), "name of the sample"),
+    "domain": Variable(("sample",), ("str",), "domain of the sample"),
+    "n_tokens": Variable(("sample",), ("uint32",), "recorded tokens", "token"),
+    "n_cut": Variable(("sample",), ("uint32",), "tokens over the limit, not recorded", "token"),
+    "row_offset": Variable(("sample",), ("uint64",), "first row in /routing", "token"),
+    "text_sha256": Variable(("sample",), ("str",), "SHA-256 of the text in UTF-8, or of the token ids as little-endian u4"),
+    "expert_count": Variable(("sample", "layer", "expert"), ("uint32",), "assignments to the expert"),
+    "probability_sum": Variable(
+        ("sample", "layer", "expert"), ("float32",), "sum over tokens of the softmax of the raw logits"
+    ),
+    "sample": Variable(("sample",), ("int64",), "sample", coord=True),
+    "layer": ROUTING["layer"],
+    "attention_kind": ROUTING["attention_kind"],
+    "expert": ROUTING["expert"],
+}
+
+VOCABULARY = {
+    "token_id": Variable(("entry",), ("uint32",), "id in the tokenizer's vocabulary"),
+    "piece": Variable(("entry",), ("str",), "bytes of the token, one character U+0000 to U+00FF for each byte"),
+}
+
+GROUPS: dict[str, dict[str, Variable]] = {"routing": ROUTING, "samples": SAMPLES, "vocabulary": VOCABULARY}
+
+ROOT_ATTRIBUTES = (
+    "schema_version",
+    "model",
+    "model_revision",
+    "created_at",
+    "probe_version",
+    "torch_version",
+    "transformers_version",
+    "dtype",
+    "device",
+    "attn_implementation",
+    "expert_dispatch",
+    "gate_function",
+    "top_k",
+    "config",
+)
+
+
+def expert_dtype(n_experts: int) -> np.dtype:
+    """The smallest dtype that numbers ``n_experts`` experts."""
+    return np.dtype("uint8") if n_experts <= 255 else np.dtype("uint16")
+
+
+def code_dtype(n_categories: int) -> np.dtype:
+    """The smallest dtype that numbers ``n_categories`` categories."""
+    return np.min_scalar_type(max(n_categories - 1, 0))
+
+
+def dataset(name: str, arrays: Mapping[str, Any], categories: Mapping[str, Sequence[str]] | None = None) -> xr.Dataset:
+    """Build a group from bare arrays: dims, dtypes, names and units come from the schema.
+
+    Parameters
+    ----------
+    name : group, such as ``"routing"``.
+    arrays : values by variable name; those of the wrong dtype are converted to the one that probe writes.
+    categories : for each coord that holds category codes, what the codes mean.
+
+    Raises
+    ------
+    SchemaError
+        For a name that is not in the schema.
+    """
+    variables, coords = {}, {}
+    for key, values in arrays.items():
+        if key not in GROUPS[name]:
+            raise SchemaError(f"/{name} has no variable {key!r}: known are {', '.join(GROUPS[name])}")
+        spec = GROUPS[name][key]
+        attributes: dict[str, Any] = {"long_name": spec.long_name, "units": spec.units}
+        if categories and key in categories:
+            attributes["categories"] = list(categories[key])
+        if "str" in spec.dtypes:
+            values = np.asarray(values, dtype=np.dtypes.StringDType())
+        elif (values := np.asarray(values)).dtype.name not in spec.dtypes:
+            values = values.astype(spec.dtypes[0])
+        (coords if spec.coord else variables)[key] = (spec.dims, values, attributes)
+    return xr.Dataset(variables, coords)
+
+
+def group(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
+    """The Dataset of one group, from a whole recording, from the group's node or from the Dataset itself.
+
+    Raises
+    ------
+    SchemaError
+        If a recording has no such group, or if what was given is neither.
+    """
+    if isinstance(data, xr.Dataset):
+        return data
+    if not isinstance(data, xr.DataTree):
+        raise SchemaError(f"expected a recording or its /{name} group, got {type(data).__name__}")
+    if data.name == name and not data.children:
+        return data.to_dataset()
+    if name not in data.children:
+        there = ", ".join(f"/{child}" for child in data.children) or "no group at all"
+        raise SchemaError(f"this recording has no /{name} group: it holds {there}")
+    return data[name].to_dataset()
+
+
+def require(data: xr.Dataset, *names: str) -> None:
+    """Raise a SchemaError that names the first of ``names`` which ``data`` lacks."""
+    for name in names:
+        if name not in data.variables:
+            there = ", ".join(map(str, data.variables))
+            raise SchemaError(f"variable or coord {name!r} is missing: this Dataset holds {there}")
+
+
+def labels(coord: xr.DataArray) -> np.ndarray:
+    """A coord's values as people read them: category codes by name, all else as they are.
+
+    Raises
+    ------
+    SchemaError
+        If a code has no category.
+    """
+    categories = coord.attrs.get("categories")
+    if categories is None:
+        return coord.values
+    if coord.size and int(coord.max()) >= len(categories):
+        raise SchemaError(f"{coord.name!r} holds code {int(coord.max())} but names only {len(categories)} categories")
+    return np.asarray(categories, dtype=object)[coord.values]
+
+
+def pieces(vocabulary: xr.Dataset) -> dict[int, bytes]:
+    """Bytes of every token in ``/vocabulary``, by token id."""
+    require(vocabulary, "token_id", "piece")
+    return {
+        int(token_id): str(piece).encode("latin-1")
+        for token_id, piece in zip(vocabulary["token_id"].values, vocabulary["piece"].values, strict=True)
+    }
+
+
+def validate(recording: xr.DataTree) -> None:
+    """Check that a recording is whole and looks as this module says.
+
+    Raises
+    ------
+    SchemaError
+        Names every fault found, one a line.
+    """
+    faults = [f"root attribute {name!r} is missing" for name in ROOT_ATTRIBUTES if name not in recording.attrs]
+    version = recording.attrs.get("schema_version")
+    if version is not None and version != SCHEMA_VERSION:
+        faults.append(f"schema_version is {version}, this probe reads {SCHEMA_VERSION}")
+    for name, specs in GROUPS.items():
+        if name not in recording.children:
+            faults.append(f"group /{name} is missing")
+        else:
+            faults += _variable_faults(name, recording[name].to_dataset(), specs)
+    if not faults:
+        faults = _consistency_faults(recording)
+    if faults:
+        raise SchemaError("not a whole probe recording:\n  " + "\n  ".join(faults))
+
+
+def _variable_faults(name: str, data: xr.Dataset, specs: Mapping[str, Variable]) -> list[str]:
+    faults = []
+    for key, spec in specs.items():
+        if key not in data.variables:
+            if spec.required:
+                faults.append(f"/{name}/{key} is missing")
+            continue
+        variable = data[key]
+        if variable.dims != spec.dims:
+            faults.append(f"/{name}/{key} has dims {_listed(variable.dims)}, expected {_listed(spec.dims)}")
+        found = "str" if variable.dtype.kind in "TUO" else variable.dtype.name
+        if found not in spec.dtypes:
+            faults.append(f"/{name}/{key} has dtype {found}, expected {' or '.join(spec.dtypes)}")
+    return faults
+
+
+def _consistency_faults(recording: xr.DataTree) -> list[str]:
+    faults = []
+    routing, samples = recording["routing"].to_dataset(), recording["samples"].to_dataset()
+    n_rows, n_tokens = routing.sizes["token"], samples["n_tokens"].values.astype(np.int64)
+    if n_tokens.sum() != n_rows:
+        faults.append(f"/samples counts {n_tokens.sum()} tokens but /routing holds {n_rows}: the store is truncated")
+        return faults
+    if not np.array_equal(samples["row_offset"].values, np.concatenate([[0], np.cumsum(n_tokens)])[:-1]):
+        faults.append("/samples/row_offset is not the running sum of n_tokens")
+    if not np.array_equal(routing["sample"].values, np.repeat(np.arange(len(n_tokens)), n_tokens)):
+        faults.append("/routing/sample does not agree with /samples/n_tokens")
+    if not np.array_equal(routing["layer"].values, samples["layer"].values):
+        faults.append("/routing and /samples name different layers")
+    n_experts = routing.sizes["expert"]
+    if n_rows and int(routing["expert_index"].max()) >= n_experts:
+        faults.append(f"/routing/expert_index goes beyond the {n_experts} experts")
+    counted = samples["expert_count"].sum(["sample", "expert"]).values
+    if not np.all(counted == n_rows * routing.sizes["slot"]):
+        faults.append("/samples/expert_count does not add up to the rows of /routing")
+    known = recording["vocabulary"]["token_id"].values
+    if missing := np.setdiff1d(routing["token_id"].values, known).tolist():
+        faults.append(f"/vocabulary lacks token ids {missing[:5]}")
+    return faults
+
+
+def _listed(dims: Sequence[Hashable]) -> str:
+    return "(" + ", ".join(map(str, dims)) + ")"
