@@ -310,7 +310,8 @@ def fortunes_of(category: Path) -> list[str]:
     text = re.sub(r".\x08", "", category.read_text("utf-8"))
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", "", text)
     text = re.sub(r"[^\S\n]+\n", "\n", text)
-    return [fortune.strip("\n") for fortune in re.split(r"^%$\n?", text, flags=re.MULTILINE) if fortune.strip()]
+    pieces = re.split(r"^%$\n?", text, flags=re.MULTILINE)
+    return [piece.strip("\n") for piece in pieces if piece.strip()]
 
 
 def fortunes(folder: Path, advance: Callable[[], None]) -> dict[str, Split]:
@@ -346,7 +347,8 @@ def python_modules() -> list[tuple[str, Path]]:
 def is_heldout_module(module: str) -> bool:
     """Whether a module's top-level package is held out: decided by a hash of its name."""
     top = module.split(".")[0]
-    return int(hashlib.sha256((MODULE_HASH_PREFIX + top).encode()).hexdigest(), 16) % 100 < HELDOUT_MODULES_PERCENT
+    digest = hashlib.sha256((MODULE_HASH_PREFIX + top).encode()).hexdigest()
+    return int(digest, 16) % 100 < HELDOUT_MODULES_PERCENT
 
 
 def source_lines(source: str) -> list[str]:
