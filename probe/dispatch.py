@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
 
 from probe.schema import ProbeError
 from probe.sites import moe_blocks
@@ -77,11 +77,12 @@ def set_expert_dispatch(model: nn.Module, expert_dispatch: ExpertDispatch) -> No
         raise ProbeError(f"unknown expert dispatch {expert_dispatch!r}: choose one of {', '.join(_BLOCK_CLASSES)}")
     blocks = moe_blocks(model)
     for layer, block in blocks.items():
-        if type(block) not in _BLOCK_CLASSES.values():
-            raise ProbeError(
-                f"layer {layer} computes its experts with {type(block).__name__}, which probe does not know how to "
-                "replace: leave the model's expert dispatch as it is"
-            )
+        for part, known in ((block, tuple(_BLOCK_CLASSES.values())), (block.experts, (Llama4TextExperts,))):
+            if type(part) not in known:
+                raise ProbeError(
+                    f"layer {layer} computes its experts with {type(part).__name__}, which probe cannot replace "
+                    "(a quantised or patched model): load it with expert_dispatch=None, which leaves it as it is"
+                )
     for block in blocks.values():
         block.__class__ = _BLOCK_CLASSES[expert_dispatch]
 

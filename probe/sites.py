@@ -7,7 +7,7 @@ transformers' Llama 4 (see its ``modeling_llama4.py``).
 from __future__ import annotations
 
 from torch import nn
-from transformers.models.llama4.modeling_llama4 import Llama4TextModel, Llama4TextMoe
+from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM, Llama4TextModel, Llama4TextMoe
 
 from probe.schema import ProbeError
 
@@ -48,3 +48,11 @@ def moe_blocks(model: nn.Module) -> dict[int, Llama4TextMoe]:
     if not blocks:
         raise NotLlama4Error(f"{type(model).__name__} has no mixture-of-experts layer: there is no routing to look at")
     return blocks
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that turns hidden states into logits over the vocabulary; None for a model without one."""
+    for module in model.modules():
+        if isinstance(module, Llama4ForCausalLM):
+            return module.lm_head
+    return None

@@ -70,8 +70,8 @@ ARMS = {
     for arm in (
         Arm("tiny-scout", SCOUT_CONFIG, 10_000_000, balance_weight=0.01, save_at=(1, 5, 20, 50)),
         Arm("tiny-maverick", MAVERICK_CONFIG, 10_000_000, balance_weight=0.01),
-        Arm("no-balance-0", SCOUT_CONFIG, 2_500_000, balance_weight=0.0, seed=0),
-        Arm("no-balance-1", SCOUT_CONFIG, 2_500_000, balance_weight=0.0, seed=1),
-        Arm("no-balance-2", SCOUT_CONFIG, 2_500_000, balance_weight=0.0, seed=2),
+        Arm("no-balance-0", SCOUT_CONFIG, 1_600_000, balance_weight=0.0, seed=0),
+        Arm("no-balance-1", SCOUT_CONFIG, 1_600_000, balance_weight=0.0, seed=1),
+        Arm("no-balance-2", SCOUT_CONFIG, 1_600_000, balance_weight=0.0, seed=2),
     )
 }

@@ -1,0 +1,257 @@
+"""The command ``probe``.
+
+Whatever is slow to import is imported by the command that needs it, so that ``probe --help`` answers at once. An error
+that probe raises on purpose ends as one message and exit status 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from probe.corpus import BadLine
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+SHOWN_PROBLEMS = 5
+
+
+class _Commands(TyperGroup):
+    """The commands, with one place that says how a failure ends."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except Exception as error:
+            # Not imported: probe.schema loads xarray, and where it was never loaded it raised nothing.
+            schema = sys.modules.get("probe.schema")
+            if schema is None or not isinstance(error, schema.ProbeError):
+                raise
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(EXIT_ERROR) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Look inside Llama 4: which expert takes each token, and how sure the router is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Precision(StrEnum):
+    """Dtypes that a model can be loaded in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Options that come before a command."""
+    if version:
+        import probe
+
+        typer.echo(f"probe {probe.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def report(
+    model: Annotated[
+        str | None, typer.Argument(help="Shipped model, local folder or hub id.", show_default="tiny-scout")
+    ] = None,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="JSONL, Parquet or text file, or a folder of them; may be given several times.",
+            show_default="the bundled corpus",
+        ),
+    ] = None,
+    domain_column: Annotated[
+        str | None, typer.Option(help="Column that names each record's domain.", show_default="domain")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write; an earlier report in it is replaced.")] = Path("report"),
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens kept of each text.", show_default="all")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Texts in one forward.")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Dtype to load the model in.")] = None,
+    store: Annotated[
+        Path | None, typer.Option("--from", help="Report on a recording made earlier; no model is run.")
+    ] = None,
+) -> None:
+    """Record a model's routing on a corpus and write the report: HTML, tables and the recording itself."""
+    _refuse_unwritable(out)
+    problems: Sequence[BadLine] = ()
+    if store is not None:
+        given = {"MODEL": model, "--corpus": corpus, "--domain-column": domain_column, "--max-tokens": max_tokens}
+        _refuse_beside_from(given | {"--batch-size": batch_size, "--dtype": dtype})
+        recording = _open(store)
+    else:
+        recording, problems = _record(
+            model or "tiny-scout",
+            corpus,
+            domain_column=domain_column,
+            dtype=dtype,
+            options={"max_tokens": max_tokens, "batch_size": batch_size},
+        )
+    import probe
+
+    page = probe.write_report(recording, out, problems=problems)
+    typer.echo(f"Report: {page} ({_size(recording)}{_counted(problems)})")
+
+
+@app.command()
+def models() -> None:
+    """List the models that come with probe."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from probe.models import shipped_models
+
+    table = Table("name", "size", "what it is", box=None, pad_edge=False)
+    for name, description in shipped_models().items():
+        table.add_row(Text(name), Text(_weights_size(name), justify="right"), Text(description))
+    Console().print(table)
+
+
+@app.command()
+def validate(store: Annotated[Path, typer.Argument(help="Zarr store of a recording.")]) -> None:
+    """Check that a store is a whole recording."""
+    recording = _open(store)
+    typer.echo(f"{store} is whole: {recording.attrs['model']}, {_size(recording)}")
+
+
+@app.command()
+def lab(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder to open.", show_default="the notebooks of this checkout")
+    ] = None,
+) -> None:
+    """Start JupyterLab on the notebooks."""
+    from importlib.util import find_spec
+
+    from probe.schema import ProbeError
+
+    if find_spec("jupyterlab") is None:
+        raise ProbeError('JupyterLab is not installed: pip install "llama4-probe[lab]"')
+    folder = folder or _notebooks()
+    if not folder.is_dir():
+        raise ProbeError(f"no such folder: {folder}")
+    from jupyterlab.labapp import main as start_lab
+
+    start_lab([str(folder)])
+
+
+# --- steps of a report ------------------------------------------------------------------------------------------------
+
+
+def _record(
+    model: str,
+    corpus: Sequence[Path] | None,
+    *,
+    domain_column: str | None,
+    dtype: Precision | None,
+    options: Mapping[str, Any],
+) -> tuple[xr.DataTree, Sequence[BadLine]]:
+    """Read the corpus first, so that what is wrong with it shows before a model is loaded."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from probe.corpus import bundled_corpus, read_corpus
+
+    status = Console(stderr=True).status
+    with status("Reading the corpus"):
+        texts = read_corpus(corpus or bundled_corpus(), domain_column=domain_column)
+    _warn(texts.problems)
+
+    with status("Starting up"):
+        import probe
+    with status(f"Loading {escape(model)}"):
+        loaded = probe.load(model, dtype=dtype and dtype.value)
+    recording = probe.record(
+        loaded,
+        texts.texts,
+        domains=texts.domains,
+        names=texts.names,
+        progress=True,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    return recording, texts.problems
+
+
+def _open(store: Path) -> xr.DataTree:
+    from probe.store import open as open_store
+
+    return open_store(store)
+
+
+def _warn(problems: Sequence[BadLine]) -> None:
+    for problem in problems[:SHOWN_PROBLEMS]:
+        typer.echo(f"Left out {problem}", err=True)
+    if len(problems) > SHOWN_PROBLEMS:
+        typer.echo(f"… and {len(problems) - SHOWN_PROBLEMS} more; the report counts them all.", err=True)
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Complain now, and not after an hour of recording; nothing is made yet."""
+    from probe.schema import ProbeError
+
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ProbeError(f"--out {out}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ProbeError(f"--out {out}: {there} is not writable; name another folder")
+
+
+def _refuse_beside_from(given: Mapping[str, object]) -> None:
+    from probe.schema import ProbeError
+
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        raise ProbeError(f"--from reports on a recording as it is: leave out {', '.join(named)}")
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _size(recording: xr.DataTree) -> str:
+    return f"{recording['samples'].sizes['sample']:,} documents, {recording['routing'].sizes['token']:,} tokens"
+
+
+def _counted(problems: Sequence[BadLine]) -> str:
+    return f", {len(problems):,} bad lines left out" if problems else ""
+
+
+def _weights_size(model: str) -> str:
+    from importlib.resources import files
+
+    folder = Path(str(files("probe") / "assets" / "models" / model))
+    return f"{sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 1e6:.1f} MB"
+
+
+def _notebooks() -> Path:
+    """The notebooks of the current folder, or of the checkout that probe runs from."""
+    from probe.schema import ProbeError
+
+    for parent in (Path.cwd(), Path(__file__).parents[1]):
+        if any((parent / "notebooks").glob("*.ipynb")):
+            return parent / "notebooks"
+    raise ProbeError("found no notebooks here: get probe's source, or name a folder (probe lab FOLDER)")

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import planted
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import probe
+from probe import cli, schema
+from probe.corpus import bundled_corpus, read_corpus
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run the command in an empty folder, with what it prints kept as it would print it."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stand-ins for the slow steps; what they were called with, by name, in the order of the calls."""
+    made = {}
+    recording = planted.from_experts(np.zeros((5, 2), int), n_experts=4, lengths=[2, 3])
+
+    def stand_in(name, result):
+        def call(*args, **kwargs):
+            made[name] = SimpleNamespace(args=args, **kwargs)
+            return result
+
+        # Into the module's dict: setattr would look the slow one up first, to put it back.
+        monkeypatch.setitem(vars(probe), name, call)
+
+    stand_in("load", "a model")
+    stand_in("record", recording)
+    stand_in("write_report", Path("report/index.html"))
+    return made
+
+
+def assert_one_message(result, *words):
+    """A failure ends with exit status 2 and a message that holds ``words``, and without a traceback."""
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+# --- the command itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", ["--help", "report --help", "--version"])
+def test_help_and_version_load_nothing_slow(arguments):
+    code = (
+        f"import sys; sys.argv = ['probe', *{arguments!r}.split()]\n"
+        "from probe.cli import app\n"
+        "try: app()\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout
+    assert not set(done.stderr.split()) & {"torch", "plotly", "transformers", "numpy", "xarray", "pandas", "dask"}
+
+
+def test_python_dash_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "probe", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"probe {probe.__version__}\n")
+
+
+def test_unknown_command_is_refused(run):
+    result = run("reprot")
+    assert result.exit_code == 2
+    assert "reprot" in result.stderr
+
+
+def test_interrupt_ends_in_one_line(run, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(vars(probe), "load", interrupt)
+    result = run("report")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "Interrupted."
+    assert "Traceback" not in result.stderr
+
+
+def test_fault_of_ours_is_not_hidden(run, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setitem(vars(probe), "load", fail)
+    assert isinstance(run("report").exception, ZeroDivisionError)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_report_takes_the_shipped_model_and_corpus_unless_told_otherwise(run, calls):
+    result = run("report")
+    assert result.exit_code == 0, result.output
+    assert list(calls) == ["load", "record", "write_report"]
+    assert calls["load"].args == ("tiny-scout",)
+    corpus = read_corpus(bundled_corpus())
+    assert calls["record"].args == ("a model", corpus.texts)
+    assert (calls["record"].domains, calls["record"].names) == (corpus.domains, corpus.names)
+    assert not hasattr(calls["record"], "batch_size") and not hasattr(calls["record"], "max_tokens")
+    assert calls["write_report"].args[1] == Path("report")
+    assert result.stdout == "Report: report/index.html (2 documents, 5 tokens)\n"
+
+
+def test_report_passes_on_what_it_is_told(run, calls, tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.txt"
+    first.write_text('{"text": "one", "topic": "x"}\nbad\n', "utf-8")
+    second.write_text("two", "utf-8")
+    options = ["--corpus", first, "--corpus", second, "--domain-column", "topic", "--out", "there"]
+    result = run("report", "some/model", *options, "--max-tokens", 7, "--batch-size", 3, "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    assert (calls["load"].args, calls["load"].dtype) == (("some/model",), "bfloat16")
+    record = calls["record"]
+    assert (record.args[1], record.domains) == (["one", "two"], ["x", schema.NO_DOMAIN])
+    assert (record.max_tokens, record.batch_size) == (7, 3)
+    assert calls["write_report"].args[1] == Path("there")
+    assert [problem.line for problem in calls["write_report"].problems] == [2]
+    assert f"Left out {first}:2: it is not JSON" in result.stderr
+    assert "1 bad lines left out" in result.stdout
+
+
+def test_report_names_the_first_bad_lines_and_counts_the_rest(run, calls, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n' + "bad\n" * 8, "utf-8")
+    result = run("report", "--corpus", path)
+    assert result.stderr.count("Left out") == cli.SHOWN_PROBLEMS
+    assert "… and 3 more; the report counts them all." in result.stderr
+    assert "8 bad lines left out" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "words"),
+    [
+        (None, [], ["no such corpus file or folder", "corpus.jsonl"]),
+        (b"", [], ["the corpus is empty", "corpus.jsonl"]),
+        (b"bad\n", [], ["the corpus is empty", "corpus.jsonl:1"]),
+        (b'{"text": "t"}\n', ["--domain-column", "topic"], ["no record of the corpus has a column 'topic'", "'text'"]),
+    ],
+    ids=["missing", "empty", "only bad lines", "domain column"],
+)
+def test_corpus_that_cannot_be_used_ends_before_a_model_is_loaded(run, calls, content, options, words):
+    if content is not None:
+        Path("corpus.jsonl").write_bytes(content)
+    assert_one_message(run("report", "--corpus", "corpus.jsonl", *options), *words)
+    assert not calls
+    assert not Path("report").exists()
+
+
+def test_unreadable_corpus_ends_with_a_message(run, calls, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").symlink_to("gone")
+    assert_one_message(run("report", "--corpus", "corpus"), "cannot read corpus/a.txt")
+
+
+def test_unknown_model_ends_with_the_shipped_ones(run):
+    assert_one_message(run("report", "tiny-scuot"), "no model 'tiny-scuot'", "the shipped models are tiny-scout")
+
+
+@pytest.mark.parametrize("out", ["file", "file/report"])
+def test_out_that_is_a_file_is_refused_before_any_work(run, calls, out):
+    Path("file").write_text("mine", "utf-8")
+    assert_one_message(run("report", "--out", out, "--corpus", "missing"), f"--out {out}", "is a file")
+    assert Path("file").read_text("utf-8") == "mine"
+
+
+@pytest.mark.parametrize("option", ["--max-tokens", "--batch-size"])
+def test_counts_must_be_positive(run, option):
+    result = run("report", option, "0")
+    assert result.exit_code == 2
+    assert option in result.stderr and "Traceback" not in result.stderr
+
+
+def test_report_from_a_store_runs_no_model(run, calls):
+    probe.save(planted.from_experts(np.zeros((6, 2), int), n_experts=4, lengths=[2, 3, 1]), "run.zarr")
+    result = run("report", "--from", "run.zarr")
+    assert result.exit_code == 0, result.output
+    assert list(calls) == ["write_report"]
+    assert "(3 documents, 6 tokens)" in result.stdout
+
+
+def test_from_takes_no_options_of_a_recording(run, calls):
+    result = run("report", "tiny-scout", "--from", "run.zarr", "--max-tokens", 5)
+    assert_one_message(result, "--from", "leave out MODEL, --max-tokens")
+    assert not calls
+
+
+def test_missing_store_is_named(run):
+    assert_one_message(run("report", "--from", "gone.zarr"), "gone.zarr")
+
+
+# --- the other commands -----------------------------------------------------------------------------------------------
+
+
+def test_validate_says_what_a_whole_store_holds(run):
+    recording = planted.from_experts(np.zeros((5, 2), int), n_experts=4, lengths=[2, 3])
+    recording.attrs["model"] = "planted"
+    probe.save(recording, "run.zarr")
+    result = run("validate", "run.zarr")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "run.zarr is whole: planted, 2 documents, 5 tokens\n"
+
+
+def test_validate_names_every_fault_of_a_foreign_store(run):
+    planted.from_experts(np.zeros((5, 2), int), n_experts=4, lengths=[2, 3])["routing"].to_dataset().to_zarr(
+        "run.zarr", zarr_format=3, consolidated=False
+    )
+    assert_one_message(run("validate", "run.zarr"), "group /samples is missing", "root attribute 'model' is missing")
+
+
+def test_validate_of_something_else(run):
+    Path("folder").mkdir()
+    assert_one_message(run("validate", "folder"), "folder")
+    assert_one_message(run("validate", "gone"), "gone")
+
+
+def test_models_lists_every_shipped_model_with_its_size(run):
+    from probe.models import shipped_models
+
+    result = run("models")
+    assert result.exit_code == 0, result.output
+    for name in shipped_models():
+        (line,) = [line for line in result.stdout.splitlines() if line.split()[:1] == [name]]
+        megabytes, unit = line.split()[1:3]
+        assert unit == "MB" and 0 < float(megabytes) < 11
+
+
+def test_lab_opens_the_notebooks_of_the_current_folder(run, monkeypatch):
+    opened = []
+    monkeypatch.setitem(sys.modules, "jupyterlab.labapp", fake_lab := ModuleType("jupyterlab.labapp"))
+    fake_lab.main = opened.append
+    Path("notebooks").mkdir()
+    Path("notebooks/01.ipynb").write_text(json.dumps({}), "utf-8")
+    result = run("lab")
+    assert result.exit_code == 0, result.output
+    assert opened == [[str(Path.cwd() / "notebooks")]]
+
+
+def test_lab_without_jupyterlab_names_the_extra(run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert_one_message(run("lab"), 'pip install "llama4-probe[lab]"')
+
+
+def test_lab_of_a_folder_that_is_not_there(run):
+    assert_one_message(run("lab", "gone"), "no such folder: gone")
+
+
+def test_entry_point_is_a_typer_app():
+    assert isinstance(cli.app, typer.Typer)
