@@ -39,7 +39,7 @@ check: $(INSTALLED)
 	$(VENV)/bin/mypy
 
 bench: $(INSTALLED)
-	for benchmark in benchmarks/[!_]*.py; do echo "$$benchmark"; $(VENV)/bin/python "$$benchmark" || exit 1; done
+	$(VENV)/bin/python -m benchmarks.record
 
 clean:
 	rm -rf $(VENV) report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -113,7 +113,7 @@ def report(
         )
     import probe
 
-    page = probe.write_report(recording, out, problems=problems)
+    page = probe.write_report(recording, out, problems=problems, progress=True)
     typer.echo(f"Report: {page} ({_size(recording)}{_counted(problems)})")
 
 

@@ -42,12 +42,12 @@ class Document:
 class BadLine:
     """What was left out of a corpus, and why; ``line`` counts from 1, and is a row in a Parquet file."""
 
-    path: Path
+    path: str
     line: int
     reason: str
 
     def __str__(self) -> str:
-        return f"{_printable(self.path)}:{self.line}: {self.reason}"
+        return f"{self.path}:{self.line}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class CorpusReader:
             try:
                 document = self._document(record, source, line)
             except _Fault as fault:
-                self.problems.append(BadLine(source.path, line, str(fault)))
+                self.problems.append(BadLine(_printable(source.path), line, str(fault)))
             else:
                 seen.n_documents += 1
                 yield document

@@ -88,6 +88,6 @@ def set_expert_dispatch(model: nn.Module, expert_dispatch: ExpertDispatch) -> No
 
 
 def expert_dispatch_of(model: nn.Module) -> str:
-    """``"sparse"``, ``"reference"``, or the class name of a block that is neither; joined by "+" where layers differ."""
+    """``"sparse"``, ``"reference"``, or the class name of a block that is neither; joined by "+" if layers differ."""
     names = {block_class: name for name, block_class in _BLOCK_CLASSES.items()}
     return "+".join(sorted({names.get(type(block), type(block).__name__) for block in moe_blocks(model).values()}))

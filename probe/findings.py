@@ -20,6 +20,7 @@ MIN_DOCUMENTS = 5
 MIN_EXPECTED = 10
 """A transition for which independence would bring fewer tokens is left out of titles and figures: its lift is noise."""
 
+MIN_FINDINGS = 3
 MAX_FINDINGS = 6
 MAX_OF_A_KIND = 2
 
@@ -153,19 +154,63 @@ def find(results: Mapping[str, xr.Dataset]) -> list[Finding]:
         if sum(other.kind == candidate.kind for other in found) < MAX_OF_A_KIND:
             found.append(candidate)
     described = _certainty(results)
-    found = found[: MAX_FINDINGS - len(described)]
-    return (found or [_nothing(results)]) + described
+    found = found[: MAX_FINDINGS - len(described)] or [_nothing(results)]
+    quiet = _quiet(results, {finding.kind for finding in found})
+    return found + quiet[: max(MIN_FINDINGS - len(found) - len(described), 0)] + described
 
 
 def _nothing(results: Mapping[str, xr.Dataset]) -> Finding:
-    n_layers = results["load_interval"].sizes["layer"]
+    n_documents = int(results["load_interval"]["n_documents"])
     compared = "load, domains and repetition" if "specialization" in results else "load and repetition"
+    text = f"Nothing stands out: in no layer do {compared} differ from chance by more than the intervals over {n_documents} documents allow."
+    if n_documents < 2:
+        text = "Nothing can be claimed: one document has no interval, as tokens of a document are not independent. Record more of them."
     return Finding(
-        "nothing", "0",
-        f"Nothing stands out: in none of the {n_layers} layers do {compared} differ from chance by more than their intervals allow.",
-        "imbalance", np.nan, np.nan, np.nan, None, 0.0,
+        "nothing",
+        "0",
+        text,
+        "imbalance",
+        np.nan,
+        np.nan,
+        np.nan,
+        None,
+        0.0,
         "Intervals resample documents; with more documents smaller differences show.",
-    )  # fmt: skip
+    )
+
+
+def _quiet(results: Mapping[str, xr.Dataset], found: set[str]) -> list[Finding]:
+    """What was looked at and did not stand out, with the nearest it came."""
+    findings = []
+    repeated = results["repetition"]
+    lower = repeated["lower"] / repeated["null"]
+    if "repetition" not in found and bool(lower.notnull().any()):
+        cell = repeated.isel(layer=int(lower.argmax("layer")))
+        value, low, high, null = (float(cell[name]) for name in ("repetition", "lower", "upper", "null"))
+        findings.append(
+            Finding(
+                "quiet repetition",
+                percent(value),
+                f"Neighbouring tokens do not surely share an expert more often than independent ones in any layer; layer {int(cell['layer'])} "
+                f"comes nearest with {percent(value)} {interval(low, high, 100)} against {percent(null)}.",
+                "repetition",
+                value,
+                low,
+                high,
+                null,
+                0.0,
+                where={"layer": int(cell["layer"])},
+            )
+        )
+    if "specialization" not in found and "specialization" in results:
+        cells = specialized_cells(results["specialization"])
+        n_compared = cells.attrs["n_compared"]
+        if n_compared:
+            text = f"No domain surely prefers an expert: of {n_compared:,} cells (domain, layer, expert) none has an interval above 1\u00a0×."
+        else:
+            text = f"Domains cannot be compared: none has {MIN_DOCUMENTS} documents."
+        findings.append(Finding("quiet specialization", "0", text, "domains", 0.0, np.nan, np.nan, None, 0.0))
+    return findings
 
 
 def _preferences(results: Mapping[str, xr.Dataset]) -> list[Finding]:
@@ -184,15 +229,19 @@ def _preferences(results: Mapping[str, xr.Dataset]) -> list[Finding]:
         share, lift = (_triple(cell, name) for name in ("share", "lift"))
         findings.append(
             Finding(
-                "specialization", times(lift[0]),
+                "specialization",
+                times(lift[0]),
                 f"Layer {layer} sends {percent(share[0])} {interval(*share[1:], scale=100)} of “{domain}” tokens to expert {expert}, "
                 f"{times(lift[0])} {interval(*lift[1:])} its share overall.",
-                "specialization", *lift, 1.0, float(np.log(lift[1])),
+                "domains",
+                *lift,
+                1.0,
+                float(np.log(lift[1])),
                 f"Both intervals hold at {percent(cells.attrs['level'])} for all {cells.attrs['n_compared']:,} cells "
                 "(domain, layer, expert) at once (Bonferroni), since the largest was picked.",
                 {"domain": str(domain), "layer": layer, "expert": expert},
             )
-        )  # fmt: skip
+        )
     return findings
 
 
@@ -219,14 +268,20 @@ def _uneven(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     layer, expert = int(result["layer"][at]), int(load["load"].isel(layer=at).argmax("expert"))
     return [
         Finding(
-            "imbalance", times(numbers[0]),
+            "imbalance",
+            times(numbers[0]),
             f"Layer {layer} is the least even: its busiest expert, {expert}, takes {times(numbers[0])} {interval(*numbers[1:])} an even share; "
-            f"chance alone would stay below {times(float(null[at]))}.",
-            "imbalance", numbers[0], numbers[1], numbers[2], float(null[at]), float(excess[at]),
+            f"chance alone would stay below {float(null[at]):.2f}\u00a0×.",
+            "imbalance",
+            numbers[0],
+            numbers[1],
+            numbers[2],
+            float(null[at]),
+            float(excess[at]),
             f"The interval holds for all {result.sizes['layer']} layers at once; chance: 97.5 % of uniform routers, independent tokens.",
             {"layer": layer, "expert": expert},
         )
-    ]  # fmt: skip
+    ]
 
 
 def _over_layers(result: xr.Dataset, load: xr.Dataset) -> float:
@@ -250,14 +305,20 @@ def _unused(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     took = "expert" if number == 1 else "experts"
     return [
         Finding(
-            "unused", f"{number}\u00a0of\u00a0{load.sizes['expert']}",
+            "unused",
+            f"{number} of {load.sizes['expert']}",
             f"In layer {layer}, {number} of {load.sizes['expert']} {took} got no token at all{elsewhere}; "
             f"the load of each is at most {percent(upper)}, where an even share is {percent(even)}.",
-            "load", 0.0, 0.0, upper, even, float(np.log(even / upper)),
+            "load",
+            0.0,
+            0.0,
+            upper,
+            even,
+            float(np.log(even / upper)),
             "Rule of three on the effective number of tokens: an unused expert is not proven dead.",
             {"layer": layer},
         )
-    ]  # fmt: skip
+    ]
 
 
 def _repeats(results: Mapping[str, xr.Dataset]) -> list[Finding]:
@@ -273,19 +334,25 @@ def _repeats(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     layer = int(result["layer"][at])
     return [
         Finding(
-            "repetition", percent(value),
+            "repetition",
+            percent(value),
             f"In layer {layer} a token goes to the same expert as the one before it {percent(value)} {interval(low, high, 100)} of the time; "
             f"independent tokens would {percent(null)}.",
-            "repetition", value, low, min(high, 1.0), null, float(excess[at]),
+            "repetition",
+            value,
+            low,
+            min(high, 1.0),
+            null,
+            float(excess[at]),
             f"The interval holds for all {result.sizes['layer']} layers at once.",
             {"layer": layer},
         )
-    ]  # fmt: skip
+    ]
 
 
 def _certainty(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     """Where the router is least sure; a description, as a margin has no null."""
-    quantiles = results["margin"]["quantile"].transpose("layer", "quantile").values
+    quantiles = results["margin"]["margin"].transpose("layer", "quantile").values
     if not np.isfinite(quantiles).any():
         return []
     at = int(np.nanargmin(quantiles[:, 2]))
@@ -293,14 +360,20 @@ def _certainty(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     layer = int(results["margin"]["layer"][at])
     return [
         Finding(
-            "margin", _digits(middle),
+            "margin",
+            f"{_digits(middle)} logits",
             f"The router is least sure in layer {layer}: the median margin is {_digits(middle)}\u00a0logits "
             f"(90\u00a0% of decisions: {interval(low, high)}), and a quarter are within {_digits(first)}.",
-            "margins", middle, low, high, None, 0.0,
+            "margins",
+            middle,
+            low,
+            high,
+            None,
+            0.0,
             "The range is that of the decisions, not an uncertainty.",
             {"layer": layer},
         )
-    ]  # fmt: skip
+    ]
 
 
 def enough_expected(result: xr.Dataset, least: int = MIN_EXPECTED) -> xr.DataArray:
@@ -364,7 +437,7 @@ def specialization_title(cells: xr.Dataset) -> str:
 
 def margin_title(result: xr.Dataset) -> str:
     """What the figure of margins shows, from ``margin``."""
-    middle = result["quantile"].transpose("layer", "quantile").values[:, 2]
+    middle = result["margin"].transpose("layer", "quantile").values[:, 2]
     if not np.isfinite(middle).any():
         return "Every expert is chosen, so there is no margin"
     least, most = int(np.nanargmin(middle)), int(np.nanargmax(middle))
@@ -395,5 +468,5 @@ def repetition_title(result: xr.Dataset) -> str:
     above = (result["lower"] > result["null"]).values
     layers = [int(layer) for layer in result["layer"].values[above]]
     if not layers:
-        return "Neighbouring tokens surely share an expert more often than chance in no layer"
+        return "In no layer do neighbouring tokens surely share an expert more often than chance"
     return f"Neighbouring tokens share an expert more often than chance in {layers_in_words(layers, result.sizes['layer'])}"

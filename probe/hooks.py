@@ -1,8 +1,8 @@
 """``Recorder`` and ``record``: a live model in, a DataTree out; the only place where tensors become numpy arrays.
 
-A recorder hooks the routers and the text decoder. While a forward runs it only keeps what the routers returned; when the
-decoder is done it reduces all layers at once, on the model's device, and copies the small result out. Nothing that the
-model computes is changed.
+A recorder hooks the routers and the text decoder. While a forward runs it only keeps what the routers returned; when
+the decoder is done it reduces that, on the model's device, and copies the small result out. Nothing that the model
+computes is changed.
 """
 
 from __future__ import annotations
@@ -183,8 +183,9 @@ class Recorder:
         assert forward is not None
         if silent := sorted(self._blocks.keys() - forward.router_outputs.keys()):
             raise RecordingError(
-                f"router recorded nothing at layers {', '.join(map(str, silent))}: something replaced the forward of "
-                f"these blocks (a kernel from the hub?); this model's MoE layers are {', '.join(map(str, self._blocks))}"
+                f"router recorded nothing at layers {', '.join(map(str, silent))}: something replaced the forward "
+                "of these blocks (a kernel from the hub?); "
+                f"this model's MoE layers are {', '.join(map(str, self._blocks))}"
             )
         samples = self._samples_of(forward)
         # The cache may have been made inside this forward: only its output is sure to name it.
@@ -329,8 +330,8 @@ def reduce_router(scores: Tensor, logits: Tensor, top_k: int, all_logits: bool =
 
     Returns
     -------
-    ``expert_index`` and ``router_logit`` (T, top_k), ``router_margin`` and ``logit_logsumexp`` (T,), and, where there is
-    an expert that was not chosen, ``runner_up_index`` (T,).
+    ``expert_index`` and ``router_logit`` (T, top_k), ``router_margin`` and ``logit_logsumexp`` (T,), and, where there
+    is an expert that was not chosen, ``runner_up_index`` (T,).
     """
     n_experts = logits.shape[-1]
     logits = logits.float()
@@ -389,8 +390,8 @@ def record(
     ----------
     model : from :func:`probe.load`, or any module that holds a Llama 4 text decoder (then ``tokenizer`` is needed for
         text).
-    texts : texts, or token ids as a sequence of sequences or a (text, position) tensor; ids are taken as they are, texts
-        get whatever the tokenizer adds (a BOS).
+    texts : texts, or token ids as a sequence of sequences or a (text, position) tensor; ids are taken as they are,
+        texts get whatever the tokenizer adds (a BOS).
     domains, names : one for each text.
     batch_size : texts in one forward; texts of like length go together. It changes speed and memory, not the experts.
     max_tokens : tokens kept of each text; what is cut is counted in ``/samples/n_cut``.
@@ -452,7 +453,9 @@ def _tokenize(texts: Texts, tokenizer: Any) -> tuple[list[list[int]], list[str]]
         if tokenizer is None:
             raise RecordingError("texts need a tokenizer: pass tokenizer=, or token ids instead of texts")
         if odd := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
-            raise RecordingError(f"texts mixes text and other things: number {odd[0]} is a {type(texts[odd[0]]).__name__}")
+            raise RecordingError(
+                f"texts mixes text and other things: number {odd[0]} is a {type(texts[odd[0]]).__name__}"
+            )
         return tokenizer(list(texts))["input_ids"], [_hash(text.encode("utf-8", "surrogatepass")) for text in texts]
     ids = [text.tolist() if isinstance(text, Tensor | np.ndarray) else list(text) for text in texts]
     return ids, [_hash_ids(np.array(sample_ids)) for sample_ids in ids]

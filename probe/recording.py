@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from probe import schema
+from probe.counting import count
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sample:
 class Layout:
     """What the rows of a recording refer to.
 
-    ``layers`` are the decoder's own indices of its MoE layers and ``rope`` says of each whether its attention is rotary.
+    ``layers`` are the decoder's own indices of its MoE layers; ``rope`` says of each whether its attention is rotary.
     """
 
     layers: Sequence[int]
@@ -70,8 +71,7 @@ def build(
     routing = schema.dataset(
         "routing",
         {**rows, "domain": domain_code[rows["sample"]], **layer_coords, "expert": experts},
-        categories=layer_categories
-        | {"domain": domains, "modality": schema.MODALITIES, "phase": schema.PHASES},
+        categories=layer_categories | {"domain": domains, "modality": schema.MODALITIES, "phase": schema.PHASES},
     )
     sample_table = schema.dataset(
         "samples",
@@ -82,7 +82,9 @@ def build(
             "n_cut": [sample.n_cut for sample in samples],
             "row_offset": np.concatenate([[0], np.cumsum(n_tokens)])[:-1],
             "text_sha256": [sample.text_sha256 for sample in samples],
-            "expert_count": expert_count(rows["expert_index"], rows["sample"], len(samples), layout.n_experts),
+            "expert_count": count(
+                rows["expert_index"], rows["sample"], n_codes=len(samples), n_values=layout.n_experts
+            ),
             "probability_sum": probability_sum,
             "sample": np.arange(len(samples)),
             "expert": experts,
@@ -105,13 +107,3 @@ def build(
             "/vocabulary": vocabulary,
         }
     )
-
-
-def expert_count(expert_index: np.ndarray, sample: np.ndarray, n_samples: int, n_experts: int) -> np.ndarray:
-    """Assignments (sample, layer, expert) from ``expert_index`` (token, layer, slot) and ``sample`` (token)."""
-    n_layers = expert_index.shape[1]
-    counts = np.empty((n_samples, n_layers, n_experts), np.uint32)
-    for layer in range(n_layers):
-        cell = sample.astype(np.int64)[:, None] * n_experts + expert_index[:, layer]
-        counts[:, layer] = np.bincount(cell.ravel(), minlength=n_samples * n_experts).reshape(n_samples, n_experts)
-    return counts

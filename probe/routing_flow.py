@@ -8,7 +8,8 @@ import numpy as np
 import xarray as xr
 
 from probe.bootstrap import Bootstrap, divide, share
-from probe.routing_rows import By, Routing, Rows, count, grouped, members
+from probe.counting import count
+from probe.routing_rows import By, Routing, Rows, grouped, members
 
 
 def repetition(
@@ -77,10 +78,10 @@ def transition(routing: Routing) -> xr.Dataset:
 
     Returns
     -------
-    Dataset (layer, expert, next_expert) over all MoE layers but the last, with the coord
-    ``next_layer`` on ``layer``: ``probability``, units "1", sums to 1 over ``next_expert`` and is NaN where the
-    expert was never a first choice; ``count`` in tokens; ``lift``, units "1", the probability over the next expert's
-    share of first choices: 1 where layers are independent, NaN where that share is 0.
+    Dataset (layer, expert, next_expert) over all MoE layers but the last, with the coord ``next_layer`` on ``layer``.
+    ``probability``, units "1", sums to 1 over ``next_expert`` and is NaN where the expert was never a first choice;
+    ``count`` is in tokens; ``lift``, units "1", is the probability over the next expert's share of first choices: 1
+    where layers are independent, NaN where that share is 0.
 
     Raises
     ------

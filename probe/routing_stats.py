@@ -14,8 +14,9 @@ import numpy as np
 import xarray as xr
 
 from probe.bootstrap import Bootstrap, divide, resampled_sums, share
+from probe.counting import count
 from probe.routing_flow import repetition, transition
-from probe.routing_rows import By, Routing, Rows, coords_on, count, grouped
+from probe.routing_rows import By, Routing, Rows, coords_on, grouped
 from probe.schema import ProbeError
 
 __all__ = [
@@ -74,8 +75,8 @@ def load_interval(
 
     Returns
     -------
-    Dataset of ``load``, ``lower`` and ``upper`` ([by,] layer, expert), units "1", and ``n_documents``
-    ([by]), the samples with a token in the group. The bounds are NaN for fewer than 2 documents.
+    Dataset of ``load``, ``lower`` and ``upper`` ([by,] layer, expert), units "1", and ``n_documents`` ([by]), the
+    samples with a token in the group. The bounds are NaN for fewer than 2 documents.
 
     Raises
     ------
@@ -141,11 +142,10 @@ def imbalance(
 
     Notes
     -----
-    max_violation = max_e N_e / mean_e N_e - 1, arXiv 2408.15664 Eq. 4. The maximum of noisy loads is
-    biased upwards and resampling adds noise, so plain percentiles can lie above the estimate and the truth. The
-    interval is instead max_violation ± c·E: c is the quantile at ``level``, over resampled documents, of the largest
-    difference that any expert's load makes to the estimate, and the maximum cannot move further than that. It errs on
-    the wide side.
+    max_violation = max_e N_e / mean_e N_e - 1, arXiv 2408.15664 Eq. 4. The maximum of noisy loads is biased upwards
+    and resampling adds noise, so plain percentiles can lie above the estimate and the truth. The interval is instead
+    max_violation ± c·E: c is the quantile at ``level``, over resampled documents, of the largest difference that any
+    expert's load makes to the estimate, and the maximum cannot move further than that. It errs on the wide side.
 
     The null is for as many *independent* tokens as were recorded. Tokens of one document are not independent, so a
     router that is uniform in the long run may lie above the null; its interval then reaches down to 0.
@@ -186,9 +186,9 @@ def margin(routing: Routing, *, by: By = None) -> xr.Dataset:
 
     Returns
     -------
-    Dataset ([by,] layer): ``mean`` and ``quantile`` (…, quantile) in logits, and ``tie_share``, units
-    "1", the share of decisions with a margin of exactly 0. NaN where there is no margin: every expert is chosen, or
-    the group saw no token.
+    Dataset ([by,] layer): ``mean`` and ``margin`` (…, quantile), the 5th, 25th, 50th, 75th and 95th percentile, in
+    logits; ``tie_share``, units "1", the share of decisions with a margin of exactly 0. NaN where there is no margin:
+    every expert is chosen, or the group saw no token.
 
     Raises
     ------
@@ -217,7 +217,7 @@ def margin(routing: Routing, *, by: By = None) -> xr.Dataset:
     return xr.Dataset(
         {
             "mean": rows.array(mean, ("layer",), "mean router margin", "logit"),
-            "quantile": rows.array(quantiles, dims, "quantile of the router margin", "logit", coords=labels),
+            "margin": rows.array(quantiles, dims, "quantile of the router margin", "logit", coords=labels),
             "tie_share": rows.array(tie_share, ("layer",), "share of decisions with a margin of exactly 0"),
         }
     )
@@ -234,9 +234,9 @@ def margin_histogram(routing: Routing, *, bins: int | Sequence[float] = 40, by: 
 
     Returns
     -------
-    DataArray ([by,] layer, margin_bin), units "1"; sums to 1 over ``margin_bin`` unless given edges
-    leave margins out, NaN where there is no margin. ``margin_bin`` is the centre of a bin, the coords ``margin_from``
-    and ``margin_to`` are its edges (logit). A bin holds its lower edge, the last one its upper edge too.
+    DataArray ([by,] layer, margin_bin), units "1"; sums to 1 over ``margin_bin`` unless given edges leave margins out,
+    NaN where there is no margin. ``margin_bin`` is the centre of a bin, the coords ``margin_from`` and ``margin_to``
+    are its edges (logit). A bin holds its lower edge, the last one its upper edge too.
 
     Raises
     ------
@@ -283,9 +283,9 @@ def specialization(
 
     Returns
     -------
-    Dataset (by, layer, expert), units "1": ``share`` of the group's assignments that the expert took;
-    ``lift``, that share over the expert's load on all tokens (NaN where that is 0); ``share_lower``, ``share_upper``,
-    ``lift_lower`` and ``lift_upper``, NaN for a group of fewer than 2 documents; and ``n_documents`` (by).
+    Dataset (by, layer, expert), units "1": ``share`` of the group's assignments that the expert took; ``lift``, that
+    share over the expert's load on all tokens (NaN where that is 0); ``share_lower``, ``share_upper``, ``lift_lower``
+    and ``lift_upper``, NaN for a group of fewer than 2 documents; and ``n_documents`` (by).
 
     Raises
     ------
@@ -330,11 +330,10 @@ def top_tokens(routing: Routing, *, n: int = 10, min_count: int = 20) -> xr.Data
 
     Returns
     -------
-    Dataset (row), a flat table, since an expert may have fewer than ``n`` tokens. Coords ``layer``,
-    ``attention_kind``, ``expert``, ``rank`` (from 1) and ``token_id``; ``count``, how often the expert took the
-    token; ``occurrences`` of the token; ``share``, the first over the second; ``lift``, the share over the share of
-    all tokens that the expert took. Sorted by layer, expert and rank; ranked by lift, then count, then the smaller
-    id.
+    Dataset (row), a flat table, since an expert may have fewer than ``n`` tokens. Coords: ``layer``,
+    ``attention_kind``, ``expert``, ``rank`` (from 1) and ``token_id``. Variables: ``count``, how often the expert took
+    the token; ``occurrences`` of the token; ``share``, the first over the second; ``lift``, that share over the share
+    of all tokens that the expert took. Sorted by layer, expert and rank: by lift, then count, then the smaller id.
 
     Raises
     ------
@@ -345,10 +344,9 @@ def top_tokens(routing: Routing, *, n: int = 10, min_count: int = 20) -> xr.Data
 
     Notes
     -----
-    The floor is that of vocabulary specialisation, Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060),
-    §5.4: a token that occurs once goes to one expert all of the time, so without a floor the rarest tokens lead every
-    list. At 20 occurrences a share has a standard error of at most 0.11. In any case the expert must have taken the
-    token twice.
+    The floor is that of vocabulary specialisation, Muennighoff et al. 2024 (OLMoE, arXiv 2409.02060), §5.4: a token
+    that occurs once goes to one expert all of the time, so without a floor the rarest tokens lead every list. At 20
+    occurrences a share has a standard error of at most 0.11. In any case the expert took the token at least twice.
     """
     for name, value in {"n": n, "min_count": min_count}.items():
         if value < 1:

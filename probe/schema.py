@@ -1,7 +1,8 @@
 """The data model: every group of a recording, with its dims, dtypes, units and meaning.
 
-A recording is an ``xarray.DataTree`` whose groups are self-contained Datasets. This page is the only place that says what
-is in them: recorders build with :func:`dataset`, stores and statistics check with :func:`validate` and :func:`group`.
+A recording is an ``xarray.DataTree`` whose groups are self-contained Datasets. This page is the only place that says
+what is in them: recorders build with :func:`dataset`, stores and statistics check with :func:`validate` and
+:func:`group`.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ SAMPLES = {
     "n_tokens": Variable(("sample",), ("uint32",), "recorded tokens", "token"),
     "n_cut": Variable(("sample",), ("uint32",), "tokens over the limit, not recorded", "token"),
     "row_offset": Variable(("sample",), ("uint64",), "first row in /routing", "token"),
-    "text_sha256": Variable(("sample",), ("str",), "SHA-256 of the text in UTF-8, or of the token ids as little-endian u4"),
+    "text_sha256": Variable(
+        ("sample",), ("str",), "SHA-256 of the text in UTF-8, or of the token ids as little-endian u4"
+    ),
     "expert_count": Variable(("sample", "layer", "expert"), ("uint32",), "assignments to the expert"),
     "probability_sum": Variable(
         ("sample", "layer", "expert"), ("float32",), "sum over tokens of the softmax of the raw logits"

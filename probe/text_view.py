@@ -26,9 +26,23 @@ import xarray as xr
 from probe import schema
 
 PALETTE = (
-    "#0a6cfe", "#fccc0e", "#8c2769", "#53e9c3", "#ec8513", "#5731c1", "#a8b47b", "#da406a",
-    "#005c43", "#c2caff", "#977006", "#19a5fd", "#cd90b9", "#4f5501", "#7b6b9b", "#329581",
-)  # fmt: skip
+    "#0a6cfe",
+    "#fccc0e",
+    "#8c2769",
+    "#53e9c3",
+    "#ec8513",
+    "#5731c1",
+    "#a8b47b",
+    "#da406a",
+    "#005c43",
+    "#c2caff",
+    "#977006",
+    "#19a5fd",
+    "#cd90b9",
+    "#4f5501",
+    "#7b6b9b",
+    "#329581",
+)
 """Colours of up to 16 experts; see ``tests/test_text_view.py`` for how far apart they stay."""
 
 NEUTRAL = "#8a8f98"
@@ -104,12 +118,14 @@ def document(recording: xr.DataTree, sample: int, *, max_tokens: int | None = No
     start, n_tokens = int(samples["row_offset"][sample]), int(samples["n_tokens"][sample])
     n_shown = n_tokens if max_tokens is None else min(n_tokens, max_tokens)
     rows = routing.isel(token=slice(start, start + n_shown)).transpose("layer", "token", ...)
-    vocabulary = schema.pieces(schema.group(recording, "vocabulary"))
+    token_ids = rows["token_id"].values
+    entries = schema.group(recording, "vocabulary")
+    vocabulary = schema.pieces(entries.isel(entry=np.isin(entries["token_id"].values, token_ids)))
     return Document(
         name=str(samples["name"].values[sample]),
         domain=str(samples["domain"].values[sample]),
         n_tokens=n_tokens,
-        tokens=join([vocabulary[int(token_id)] for token_id in rows["token_id"].values]),
+        tokens=join([vocabulary[int(token_id)] for token_id in token_ids]),
         layers=[int(layer) for layer in rows["layer"].values],
         nope=[str(kind) == "nope" for kind in schema.labels(rows["attention_kind"])],
         n_experts=routing.sizes["expert"],
@@ -133,9 +149,15 @@ def join(pieces: Sequence[bytes]) -> list[TokenText]:
     owners = np.searchsorted(token_ends, character_ends, side="left")
     first = np.searchsorted(owners, np.arange(len(pieces) + 1), side="left")
     return [
-        _token_text(piece, characters[start:stop], _split_character(characters, character_ends, begin),
-                    _split_character(characters, character_ends, begin + len(piece)))
-        for piece, start, stop, begin in zip(pieces, first[:-1], first[1:], token_ends - np.diff(token_ends, prepend=0), strict=True)
+        _token_text(
+            piece,
+            characters[start:stop],
+            _split_character(characters, character_ends, begin),
+            _split_character(characters, character_ends, begin + len(piece)),
+        )
+        for piece, start, stop, begin in zip(
+            pieces, first[:-1], first[1:], token_ends - np.diff(token_ends, prepend=0), strict=True
+        )
     ]
 
 
@@ -301,10 +323,13 @@ def numbers(shown: Document) -> dict[str, Any]:
     """A document's routing for the script: little-endian arrays (layer, token, slot) in base64."""
     return {
         "n": shown.n_shown,
+        "domain": shown.domain,
         "expert": _packed(shown.expert, "<u2" if shown.n_experts > 256 else "u1"),
         "logit": _packed(shown.logit, "<f2"),
         "margin": _packed(shown.margin, "<f2"),
-        "runnerUp": None if shown.runner_up is None else _packed(shown.runner_up, "<u2" if shown.n_experts > 256 else "u1"),
+        "runnerUp": None
+        if shown.runner_up is None
+        else _packed(shown.runner_up, "<u2" if shown.n_experts > 256 else "u1"),
     }
 
 
@@ -314,7 +339,11 @@ def _packed(values: np.ndarray, dtype: str) -> str:
 
 def script_json(value: Any) -> str:
     """JSON that is safe inside a ``<script>``: no ``<``, ``>`` or ``&`` is left in it."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return script_safe(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+
+
+def script_safe(text: str) -> str:
+    """JSON text with the characters that HTML could read as markup written as escapes."""
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -380,7 +409,9 @@ def _document_select(documents: Sequence[Document]) -> str:
     for index, shown in enumerate(documents):
         option = f'<option value="{index}">{escape(shown.name)} ({shown.n_tokens:,} tokens)</option>'
         groups.setdefault(shown.domain, []).append(option)
-    inner = "".join(f'<optgroup label="{escape(domain)}">{"".join(options)}</optgroup>' for domain, options in groups.items())
+    inner = "".join(
+        f'<optgroup label="{escape(domain)}">{"".join(options)}</optgroup>' for domain, options in groups.items()
+    )
     return f'<label>Document <select class="document">{inner}</select></label>'
 
 

@@ -1,7 +1,7 @@
 """Llama 4's text model once more, written plainly: one token, one head, one expert at a time, in float32.
 
-Nothing here calls transformers: it reads a state dict and a config, and is slow on purpose. Three releases of transformers
-computed this model wrongly; this is what the recordings are checked against.
+Nothing here calls transformers: it reads a state dict and a config, and is slow on purpose. Three releases of
+transformers computed this model wrongly; this is what the recordings are checked against.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def from_logits(
 
 
 def from_experts(expert_index: np.ndarray, *, n_experts: int, **options) -> xr.DataTree:
-    """A recording of the chosen experts (token, layer) or (token, layer, slot); logits fall by one from slot to slot."""
+    """A recording of the chosen experts (token, layer[, slot]); logits fall by one from slot to slot."""
     expert_index = np.asarray(expert_index)
     if expert_index.ndim == 2:
         expert_index = expert_index[..., None]

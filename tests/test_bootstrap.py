@@ -1,4 +1,4 @@
-"""The document bootstrap: what its pieces compute, and that its intervals cover the truth where token-level ones do not."""
+"""The document bootstrap: what its pieces compute, and that its intervals cover the truth where others do not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def correlated_documents(seed: int, *, concentration: float = 9.0) -> np.ndarray
     """Experts (token, layer 0) of documents that each prefer experts of their own.
 
     A document draws its own shares from a Dirichlet around ``LOAD``: its tokens have a correlation of
-    1 / (concentration + 1), so that variances are 1 + (LENGTH - 1) / (concentration + 1) times those of independent tokens.
+    1 / (concentration + 1), so variances are 1 + (LENGTH - 1) / (concentration + 1) times those of independent tokens.
     """
     random = np.random.default_rng(seed)
     shares = random.dirichlet(concentration * LOAD, size=N_DOCUMENTS)
@@ -71,8 +71,8 @@ def test_design_effect_by_hand():
 
 
 def test_the_design_effect_of_planted_correlation_is_found():
-    per_document = np.stack([np.bincount(own, minlength=N_EXPERTS) for own in correlated_documents(0).reshape(-1, LENGTH)])
-    per_document = per_document[:, None]
+    documents = correlated_documents(0).reshape(N_DOCUMENTS, LENGTH)
+    per_document = np.stack([np.bincount(own, minlength=N_EXPERTS) for own in documents])[:, None]
     bootstrap = Bootstrap()
     resampled = share(resampled_sums(bootstrap.weights(N_DOCUMENTS), per_document))
     effect = design_effect(per_document.sum(axis=0), resampled.var(axis=0), N_DOCUMENTS)
@@ -80,7 +80,7 @@ def test_the_design_effect_of_planted_correlation_is_found():
 
 
 def test_unequal_documents_are_resampled_as_a_ratio():
-    """Every draw of these two documents is one of three, with a load of 1/10, 5/20 → 1/4 or 4/10: never a mean of shares."""
+    """Two documents of 20 and 5 tokens: a draw of both has a load of 5/25, never the mean of 1/20 and 4/5."""
     chosen = np.array([0] + [1] * 19 + [0] * 4 + [1])[:, None]
     recording = from_experts(chosen, n_experts=2, lengths=[20, 5])
     interval = routing_stats.load_interval(recording, level=0.9)

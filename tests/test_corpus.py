@@ -167,7 +167,7 @@ def test_bad_line_is_named_and_the_rest_goes_on(tmp_path, line, reason):
     path.write_bytes(b'{"text": "before"}\n\n' + line + b'\n{"text": "after"}\n')
     corpus = read_corpus(path)
     assert corpus.texts == ["before", "after"]
-    assert [(problem.path, problem.line) for problem in corpus.problems] == [(path, 3)]
+    assert [(problem.path, problem.line) for problem in corpus.problems] == [(str(path), 3)]
     assert corpus.problems[0].reason.startswith(reason)
     assert str(corpus.problems[0]).startswith(f"{path}:3: {reason}")
 

@@ -63,7 +63,9 @@ def test_agrees_with_transformers_router_logits(shape):
         probability = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
         samples = trace["samples"].to_dataset().isel(sample=sample)
         np.testing.assert_allclose(samples["probability_sum"].values, probability.sum(axis=0), rtol=1e-4)
-        counts = np.stack([np.bincount(order[:, layer, :k].ravel(), minlength=n_experts) for layer in range(len(logits[0]))])
+        counts = np.stack(
+            [np.bincount(order[:, layer, :k].ravel(), minlength=n_experts) for layer in range(len(logits[0]))]
+        )
         np.testing.assert_array_equal(samples["expert_count"].values, counts)
 
 
@@ -123,7 +125,9 @@ def test_ties_are_read_from_the_scores_not_from_a_second_top_k():
     reduced = reduce_router(scores, logits, top_k=1)
     assert reduced["expert_index"].tolist() == [[2], [1]]
     assert reduced["router_margin"].tolist() == [0, 0]
-    assert all(r != c[0] for r, c in zip(reduced["runner_up_index"].tolist(), reduced["expert_index"].tolist(), strict=True))
+    assert all(
+        r != c[0] for r, c in zip(reduced["runner_up_index"].tolist(), reduced["expert_index"].tolist(), strict=True)
+    )
 
 
 def test_a_chosen_expert_whose_gate_underflows_is_still_recorded():
@@ -146,7 +150,12 @@ def test_two_hundred_and_fifty_six_experts_need_sixteen_bits():
 
 def test_samples_keep_their_order_names_domains_and_cuts():
     trace = probe.record(
-        random_model(), random_ids(3, 12, 0, 6), domains=["a", None, "b", "a"], names=list("wxyz"), max_tokens=5, progress=False
+        random_model(),
+        random_ids(3, 12, 0, 6),
+        domains=["a", None, "b", "a"],
+        names=list("wxyz"),
+        max_tokens=5,
+        progress=False,
     )
     samples = trace["samples"].to_dataset()
     assert samples["name"].values.tolist() == list("wxyz")
@@ -234,14 +243,21 @@ def test_generate_is_recorded_without_padding_prefill_and_decode_apart(cache):
     mask[0, :4] = 0
     with probe.Recorder(model, routing=EVERYTHING) as recorder:
         out = model.generate(
-            prompt, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, cache_implementation=cache
+            prompt,
+            attention_mask=mask,
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            cache_implementation=cache,
         )
     trace = recorder.trace()
     schema.validate(trace)
     routing = trace["routing"].to_dataset()
     # the last generated token is never fed back to the model
     assert trace["samples"]["n_tokens"].values.tolist() == [6 + 5, 10 + 5]
-    assert schema.labels(routing["phase"]).tolist() == (["prefill"] * 6 + ["decode"] * 5 + ["prefill"] * 10 + ["decode"] * 5)
+    assert schema.labels(routing["phase"]).tolist() == (
+        ["prefill"] * 6 + ["decode"] * 5 + ["prefill"] * 10 + ["decode"] * 5
+    )
     assert routing["token_id"].values.tolist() == out[0, 4:-1].tolist() + out[1, :-1].tolist()
     assert routing["position"].values.tolist() == [*range(11), *range(15)]
     assert "next_token_loss" not in routing

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planted import from_experts
-from test_routing_stats import close, random_recording, routing_of, small, with_phase
+from routing_cases import close, random_recording, routing_of, small, with_phase
 
 from probe import routing_stats
 
@@ -33,7 +33,7 @@ def test_repetition_of_the_top_two_by_hand():
 
 
 def test_the_published_chance_level_of_two_out_of_eight():
-    """Mixtral, Table 5: 12.5 % for the first choice, 46.4 % for either, when every pair of experts is equally likely."""
+    """Mixtral, Table 5: 12.5 % for the first choice and 46.4 % for either, every pair of experts being as likely."""
     pairs = np.array([(first, second) for first in range(8) for second in range(8) if first != second])[:, None]
     result = routing_stats.repetition(from_experts(pairs, n_experts=8, lengths=[len(pairs)])).isel(layer=0)
     assert result["null"] == pytest.approx(1 / 8)

@@ -101,7 +101,10 @@ def change(group, **variables):
         (restamp, "schema_version is 99"),
         (change("vocabulary", token_id=("entry", np.zeros(0))), "entry"),
         (change("routing", router_margin=(("token", "layer"), np.zeros((13, 6)))), "dtype float64, expected float16"),
-        (change("routing", logit_logsumexp=(("layer", "token"), np.zeros((6, 13), "f4"))), "has dims \\(layer, token\\)"),
+        (
+            change("routing", logit_logsumexp=(("layer", "token"), np.zeros((6, 13), "f4"))),
+            "has dims \\(layer, token\\)",
+        ),
         (change("routing", expert_index=(("token", "layer", "slot"), np.full((13, 6, 1), 9, "u1"))), "beyond the 6"),
         (change("samples", n_tokens=("sample", np.array([9, 0, 5], "u4"))), "counts 14 tokens but /routing holds 13"),
         (change("samples", row_offset=("sample", np.array([0, 1, 2], "u8"))), "row_offset"),

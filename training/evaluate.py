@@ -35,7 +35,7 @@ def evaluate(model: LoadedModel, documents: dict[str, list[str]]) -> Evaluation:
     """
     bits_per_byte, loads = {}, []
     for domain, texts in documents.items():
-        trace = probe.record(model, texts, batch_size=4, routing=probe.RoutingSpec(next_token_loss=True))
+        trace = probe.record(model, texts, batch_size=8, routing=probe.RoutingSpec(next_token_loss=True))
         n_bytes = sum(len(text.encode()) for text in texts)
         nats = np.nansum(trace["routing"]["next_token_loss"].values, dtype=np.float64)
         bits_per_byte[domain] = nats / math.log(2) / n_bytes

@@ -23,6 +23,9 @@ from training.train import build_config
 
 MODELS = Path("probe/assets/models")
 
+PART = 4
+"""Checkpoints and collapsed arms are evaluated on every fourth held-out document, the main models on all."""
+
 
 @dataclass(frozen=True)
 class Shipped:
@@ -34,7 +37,13 @@ class Shipped:
     percent: int = 100
 
     @property
+    def is_main(self) -> bool:
+        """Whether this is an arm's own model, and not a checkpoint or a variant of one."""
+        return self.name == self.arm
+
+    @property
     def weights(self) -> Path:
+        """File of the run that holds these weights, in float32."""
         stem = "weights" if self.percent == 100 else f"weights-{self.percent}"
         return plan.RUNS / self.arm / f"{stem}.safetensors"
 
@@ -68,7 +77,7 @@ def read_curve(arm: str) -> list[dict]:
 
 
 def write_card(shipped: Shipped, evaluation: Evaluation, no_balance: dict[str, xr.DataArray]) -> None:
-    """``README.md`` beside the weights; ``no_balance`` is the load of the arms without a balance loss, if it belongs here."""
+    """``README.md`` beside the weights; ``no_balance`` holds the loads to show of arms without a balance loss."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
@@ -85,6 +94,7 @@ def write_card(shipped: Shipped, evaluation: Evaluation, no_balance: dict[str, x
         sources=json.loads((plan.CORPUS / "summary.json").read_text())["sources"],
         evaluation=evaluation,
         no_balance=no_balance,
+        part=1 if shipped.is_main else PART,
     )
     (MODELS / shipped.name / "README.md").write_text(card)
 
@@ -101,15 +111,18 @@ def no_balance_loads(documents: dict[str, list[str]]) -> dict[str, xr.DataArray]
 
 
 def main() -> None:
+    """Export, evaluate and describe every shipped model."""
     MODELS.mkdir(parents=True, exist_ok=True)
     index = {shipped.name: shipped.line for shipped in SHIPPED}
     (MODELS / "index.json").write_text(json.dumps(index, indent=2) + "\n")
     documents = read_documents(plan.CORPUS / "heldout")
-    loads = no_balance_loads(documents)
+    part = {domain: texts[::PART] for domain, texts in documents.items()}
+    loads = no_balance_loads(part)
     for shipped in SHIPPED:
         export_weights(shipped.arm, shipped.weights, MODELS / shipped.name)
+        evaluation = evaluate(load(shipped.name), documents if shipped.is_main else part)
         is_no_balance = plan.ARMS[shipped.arm].balance_weight == 0
-        write_card(shipped, evaluate(load(shipped.name), documents), loads if is_no_balance else {})
+        write_card(shipped, evaluation, loads if is_no_balance else {})
 
 
 if __name__ == "__main__":

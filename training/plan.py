@@ -62,6 +62,7 @@ class Arm:
 
     @property
     def n_steps(self) -> int:
+        """Optimiser steps in the whole run."""
         return self.n_tokens // (BATCH_ROWS * CONTEXT)
 
 

@@ -34,9 +34,7 @@ def _shuffled_forever(items: list[np.ndarray], random: np.random.Generator) -> I
             yield items[index]
 
 
-def training_rows(
-    pieces_by_domain: dict[str, list[np.ndarray]], *, n_rows: int, length: int, seed: int
-) -> np.ndarray:
+def training_rows(pieces_by_domain: dict[str, list[np.ndarray]], *, n_rows: int, length: int, seed: int) -> np.ndarray:
     """Rows of ``length`` ids, packed from whole pieces; the last piece of a row is cut.
 
     The next piece always comes from the domain that has had the fewest tokens, so that domains stay level throughout.

@@ -1,7 +1,8 @@
 """Trains the tiny models with transformers' own ``Llama4ForCausalLM``: ``python -m training.train [ARM…]``.
 
-Each arm writes to ``training/build/runs/<arm>/``: ``state.safetensors`` and ``state.json`` to resume from, ``log.jsonl``
-with the curves, ``weights-<per cent>.safetensors`` where the plan asks for them, ``weights.safetensors`` at the end.
+Each arm writes to ``training/build/runs/<arm>/``: ``state.safetensors`` and ``state.json`` to resume from,
+``log.jsonl`` with the curves, ``weights-<per cent>.safetensors`` where the plan asks for them, ``weights.safetensors``
+at the end.
 Stop it at any time; the same command goes on where it was.
 """
 
@@ -34,6 +35,7 @@ HELDOUT_ROWS = 32
 
 
 def build_config(arm: Arm, tokenizer: PreTrainedTokenizerBase) -> Llama4TextConfig:
+    """The arm's config with the tokenizer's vocabulary and special tokens."""
     return Llama4TextConfig(
         **arm.config,
         vocab_size=len(tokenizer),
@@ -95,6 +97,7 @@ def learning_rate(step: int, n_steps: int) -> float:
 
 
 def build_optimizer(model: Llama4ForCausalLM) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices, and none on norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": plan.WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
@@ -102,7 +105,7 @@ def build_optimizer(model: Llama4ForCausalLM) -> torch.optim.AdamW:
 
 
 def save_state(folder: Path, step: int, model: Llama4ForCausalLM, optimizer: torch.optim.AdamW) -> None:
-    """Everything that the next step needs; written beside the old state and swapped in, so that a kill loses nothing."""
+    """Everything that the next step needs; written beside the old state and swapped in: a kill loses nothing."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
@@ -141,6 +144,7 @@ def next_token_loss(logits: Tensor, rows: Tensor) -> Tensor:
 
 
 def train(arm: Arm, *, device: str, progress: Progress) -> None:
+    """Train one arm to its end, from its last saved state if there is one."""
     folder = plan.RUNS / arm.name
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "weights.safetensors").exists():
@@ -208,8 +212,11 @@ def train(arm: Arm, *, device: str, progress: Progress) -> None:
 
 
 def main() -> None:
+    """Train the arms named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(plan.ARMS)}; all of them if none is named")
+    parser.add_argument(
+        "arms", nargs="*", metavar="ARM", help=f"of {', '.join(plan.ARMS)}; all of them if none is named"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     names = arguments.arms or list(plan.ARMS)

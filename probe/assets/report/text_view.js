@@ -136,5 +136,5 @@ function probeTextView(root) {
   }
 
   show({});
-  return { show, layers: data.layers };
+  return { show, layers: data.layers, documents: data.documents };
 }

@@ -1,0 +1,397 @@
+"""A recording as one HTML page for people, and tables and a summary for programs.
+
+:func:`write_report` is the way of the data in small: it validates the recording, computes every statistic once, draws, and
+writes. The page holds its scripts, figures and text, so it opens from disk with no network; most of its size is plotly.js
+(4.8 MB).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import xarray as xr
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from probe import figures, findings, routing_stats, schema, store, text_view
+from probe.schema import ProbeError
+
+if TYPE_CHECKING:
+    from probe.corpus import BadLine
+
+DOCUMENTS_PER_DOMAIN = 3
+TOKENS_SHOWN = 40_000
+TEXT_BYTES = 4_000_000
+"""Routing numbers of the shown text, before base64: a recording of many layers shows fewer tokens."""
+
+PROBLEMS_LISTED = 100
+LARGEST_TABLE = 4_000
+"""Cells of a table in the page; larger ones are only in ``tables/``."""
+
+TOKEN_CHIPS = 8_000
+"""Tokens in the table of top tokens, over all layers and experts."""
+
+Results = dict[str, xr.Dataset]
+
+
+def write_report(
+    recording: xr.DataTree,
+    folder: str | Path,
+    *,
+    problems: Sequence[BadLine] = (),
+    progress: bool = False,
+) -> Path:
+    """Write ``index.html``, ``routing.zarr``, ``tables/`` and ``summary.json``.
+
+    Parameters
+    ----------
+    recording : a whole recording.
+    folder : where to; made if it is not there, and what it holds under these names is replaced.
+    problems : lines of the corpus that could not be used; they are counted on the page and listed in the summary.
+    progress : show a progress bar.
+
+    Returns
+    -------
+    Path of ``index.html``.
+
+    Raises
+    ------
+    SchemaError
+        If ``recording`` is not a whole recording.
+    ProbeError
+        If it holds no token, or if ``folder`` is a file.
+    """
+    schema.validate(recording)
+    if not schema.group(recording, "routing").sizes["token"]:
+        raise ProbeError(
+            "this recording holds no token, so there is nothing to report: check the corpus that was recorded"
+        )
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ProbeError(f"{folder} is a file: name a folder for the report")
+    (folder / "tables").mkdir(parents=True, exist_ok=True)
+    page = folder / "index.html"
+    with _progress(progress) as step:
+        results = compute(recording, step=step)
+        found = findings.find(results)
+        step("tables")
+        write_tables(results, recording, folder / "tables")
+        summary = summarize(recording, found, problems)
+        (folder / "summary.json").write_text(strict_json(summary), encoding="utf-8")
+        step("page")
+        page.write_text(render(recording, results, found, problems), encoding="utf-8")
+        step("store")
+        store.save(recording, folder / "routing.zarr")
+    return page
+
+
+def _progress(shown: bool) -> AbstractContextManager[Callable[[str], None]]:
+    """A function that moves a progress bar on by one named step, or does nothing."""
+    if not shown:
+        return nullcontext(lambda name: None)
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    @contextmanager
+    def bar() -> Any:
+        with Progress(console=Console(stderr=True)) as display:
+            task = display.add_task("report", total=len(_STATISTICS) + 3)
+            yield lambda name: display.update(task, advance=1, description=f"report: {name}")
+
+    return bar()
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+_STATISTICS: dict[str, Callable[[xr.DataTree], Any]] = {
+    "load_interval": routing_stats.load_interval,
+    "imbalance": routing_stats.imbalance,
+    "specialization": routing_stats.specialization,
+    "margin": routing_stats.margin,
+    "margin_histogram": routing_stats.margin_histogram,
+    "transition": routing_stats.transition,
+    "repetition": routing_stats.repetition,
+}
+
+
+def compute(recording: xr.DataTree, *, step: Callable[[str], None] = lambda name: None) -> Results:
+    """Every statistic of the report, each under the name of its function; ``specialization`` only for two domains or more."""
+    results: Results = {}
+    for name, statistic in _STATISTICS.items():
+        step(name.replace("_", " "))
+        if name == "specialization" and len(_domains(recording)) < 2:
+            continue
+        result = statistic(recording)
+        results[name] = result.to_dataset(name="share") if isinstance(result, xr.DataArray) else result
+    routing = schema.group(recording, "routing")
+    next_kind = routing["attention_kind"][1:]
+    results["transition"] = results["transition"].assign_coords(
+        next_attention_kind=("layer", next_kind.values, next_kind.attrs)
+    )
+    per_expert = max(TOKEN_CHIPS // (routing.sizes["layer"] * routing.sizes["expert"]), 1)
+    results["top_tokens"] = routing_stats.top_tokens(recording, n=min(per_expert, 10))
+    return results
+
+
+def _domains(recording: xr.DataTree) -> list[str]:
+    """Domains with at least one token, in the order in which they came."""
+    samples = schema.group(recording, "samples")
+    return list(dict.fromkeys(samples["domain"].values[samples["n_tokens"].values > 0].astype(object).tolist()))
+
+
+def tidy(result: xr.Dataset) -> pd.DataFrame:
+    """One row for each cell, coords as columns, category codes by their names."""
+    labelled = result.assign_coords(
+        {
+            name: (coord.dims, schema.labels(coord))
+            for name, coord in result.coords.items()
+            if "categories" in coord.attrs
+        }
+    )
+    return labelled.to_dataframe().reset_index()
+
+
+def write_tables(results: Results, recording: xr.DataTree, folder: Path) -> None:
+    """Write each statistic as ``NAME.csv`` and ``NAME.parquet``, and ``README.md`` with the meaning of the columns."""
+    frames = {
+        name: tidy(result) for name, result in results.items() if name not in ("margin", "top_tokens", "transition")
+    }
+    frames["margin"] = _margin_frame(results["margin"])
+    frames["top_tokens"] = _token_frame(results["top_tokens"], recording)
+    transitions = tidy(results["transition"])
+    frames["transition"] = transitions[transitions["count"] > 0]
+    samples = schema.group(recording, "samples")
+    frames["samples"] = pd.DataFrame(
+        {
+            name: samples[name].values.astype(object) if name in ("name", "domain") else samples[name].values
+            for name in ("name", "domain", "n_tokens", "n_cut")
+        }
+    )
+    for name, frame in frames.items():
+        frame.to_csv(folder / f"{name}.csv", index=False)
+        frame.to_parquet(folder / f"{name}.parquet", index=False)
+    (folder / "README.md").write_text(_table_guide(results), encoding="utf-8")
+
+
+def _margin_frame(result: xr.Dataset) -> pd.DataFrame:
+    """Margins with a column for each quantile."""
+    quantiles = result["margin"].transpose("layer", "quantile").values
+    columns = {
+        f"quantile_{round(100 * q):02d}": quantiles[:, at] for at, q in enumerate(routing_stats.MARGIN_QUANTILES)
+    }
+    frame = tidy(result[["mean", "tie_share"]].drop_vars("quantile", errors="ignore"))
+    return frame.assign(**columns)
+
+
+def _token_frame(result: xr.Dataset, recording: xr.DataTree) -> pd.DataFrame:
+    """Top tokens with what they look like."""
+    pieces = schema.pieces(schema.group(recording, "vocabulary"))
+    frame = tidy(result).drop(columns="row", errors="ignore")
+    frame["token"] = [text_view.piece_label(pieces[token_id]) for token_id in frame["token_id"]]
+    return frame
+
+
+def _table_guide(results: Results) -> str:
+    lines = ["# Tables", "", "One row for each cell. `transition` leaves out cells without a token.", ""]
+    for name, result in results.items():
+        level = result.attrs.get("level")
+        note = f" Intervals: {level:.0%}, documents resampled." if level else ""
+        lines += [
+            f"## {name}",
+            "",
+            f"Made by `probe.routing_stats.{name}`.{note}",
+            "",
+            "| column | unit | meaning |",
+            "|---|---|---|",
+        ]
+        for key, variable in result.variables.items():
+            unit = variable.attrs.get("units", "1")
+            lines.append(f"| {key} | {unit} | {variable.attrs.get('long_name', key)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def summarize(recording: xr.DataTree, found: Sequence[findings.Finding], problems: Sequence[BadLine]) -> dict[str, Any]:
+    """What a program wants to know: attributes, counts, findings and problems."""
+    samples, routing = schema.group(recording, "samples"), schema.group(recording, "routing")
+    cut = samples["n_cut"].values
+    return {
+        "recording": {name: recording.attrs[name] for name in schema.ROOT_ATTRIBUTES},
+        "counts": {
+            "tokens": int(samples["n_tokens"].sum()),
+            "documents": int((samples["n_tokens"] > 0).sum()),
+            "domains": len(_domains(recording)),
+            "documents_cut": int((cut > 0).sum()),
+            "tokens_cut": int(cut.sum()),
+            "layers": routing.sizes["layer"],
+            "experts": routing.sizes["expert"],
+        },
+        "findings": [asdict(finding) for finding in found],
+        "problems": {
+            "count": len(problems),
+            "first": [
+                {"file": str(bad.path), "line": bad.line, "reason": bad.reason} for bad in problems[:PROBLEMS_LISTED]
+            ],
+        },
+    }
+
+
+def strict_json(value: Any) -> str:
+    """JSON that every parser reads: NaN and infinity become null."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=2)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- page -------------------------------------------------------------------------------------------------------------
+
+
+def render(
+    recording: xr.DataTree, results: Results, found: Sequence[findings.Finding], problems: Sequence[BadLine] = ()
+) -> str:
+    """The page as one string of HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(text_view.ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    summary = summarize(recording, found, problems)
+    return environment.get_template("report.html.j2").render(
+        model=str(recording.attrs["model"]) or "a model without a name",
+        overview=_overview(summary),
+        skipped=_skipped(summary),
+        found=found,
+        level=results["load_interval"].attrs["level"],
+        summary=summary,
+        problems=[str(bad) for bad in problems[:20]],
+        sections=_sections(results),
+        token_layers=_token_layers(results, recording),
+        tokens_file="top_tokens",
+        open_layer=_pointed(found).get("layer", results["margin"]["layer"].values[0]),
+        text=Markup(_text(recording, _pointed(found))),
+        recorded=[
+            (name.replace("_", " "), str(recording.attrs[name])) for name in schema.ROOT_ATTRIBUTES if name != "config"
+        ],
+        style=Markup(text_view.style() + _asset("report.css")),
+        script=Markup(text_view.script() + _asset("report.js")),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _asset(name: str) -> str:
+    return (text_view.ASSETS / name).read_text(encoding="utf-8")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _overview(summary: Mapping[str, Any]) -> str:
+    """What was recorded, in one line."""
+    counts, attributes = summary["counts"], summary["recording"]
+    amount = f"{_count(counts['tokens'], 'token')} of {_count(counts['documents'], 'document')}"
+    if counts["domains"] > 1:
+        amount += f" in {counts['domains']} domains"
+    router = f"{_count(counts['layers'], 'layer')} of {_count(counts['experts'], 'expert')}, top {attributes['top_k']}"
+    where = " on ".join(str(attributes[name]) for name in ("dtype", "device") if attributes[name])
+    return " · ".join(part for part in (amount, router, where, _date(str(attributes["created_at"]))) if part)
+
+
+def _date(created_at: str) -> str:
+    try:
+        return datetime.fromisoformat(created_at).strftime("%Y-%m-%d %H:%M %Z").strip()
+    except ValueError:
+        return created_at
+
+
+def _skipped(summary: Mapping[str, Any]) -> str:
+    """What is not in the recording, or nothing."""
+    counts, n_bad = summary["counts"], summary["problems"]["count"]
+    parts = []
+    if counts["documents_cut"]:
+        parts.append(
+            f"{_count(counts['documents_cut'], 'document')} cut short by {_count(counts['tokens_cut'], 'token')} in all"
+        )
+    if n_bad:
+        parts.append(f"{_count(n_bad, 'line')} of the corpus could not be used")
+    return "; ".join(parts)
+
+
+def _token_layers(results: Results, recording: xr.DataTree) -> list[dict[str, Any]]:
+    """Layers with their experts and the tokens that each attracts, for the template."""
+    load = results["load_interval"]["load"].transpose("layer", "expert")
+    chips: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in _token_frame(results["top_tokens"], recording).to_dict("records"):
+        chips.setdefault((row["layer"], row["expert"]), []).append(
+            {
+                "label": Markup(text_view.text_html(row["token"])),
+                "hover": f"{row['count']:,} of its {row['occurrences']:,} occurrences ({findings.percent(row['share'])}), "
+                f"{findings.times(row['lift'])} the expert's share of all tokens",
+            }
+        )
+    return [
+        {
+            "layer": int(layer),
+            "label": _layer_name(load, at),
+            "experts": [
+                {
+                    "number": int(expert),
+                    "load": findings.percent(float(load[at, place])),
+                    "tokens": chips.get((int(layer), int(expert)), []),
+                }
+                for place, expert in enumerate(load["expert"].values)
+            ],
+        }
+        for at, layer in enumerate(load["layer"].values)
+    ]
+
+
+def _pointed(found: Sequence[findings.Finding]) -> Mapping[str, Any]:
+    """Where the first finding about a domain points, or else the first that names a layer."""
+    places = [finding.where for finding in found if finding.where]
+    return next((where for where in places if "domain" in where), places[0] if places else {})
+
+
+def _text(recording: xr.DataTree, pointed: Mapping[str, Any]) -> str:
+    """The text of some documents, opened at the domain and layer that ``pointed`` names."""
+    chosen = choose_documents(recording, first_domain=pointed.get("domain"))
+    n_layers = schema.group(recording, "routing").sizes["layer"]
+    budget = min(TOKENS_SHOWN, TEXT_BYTES // (n_layers * 6))
+    share = max(budget // len(chosen), 1)
+    documents = [text_view.document(recording, sample, max_tokens=share) for sample in chosen]
+    return text_view.view_html(documents, layer=pointed.get("layer"))
+
+
+def choose_documents(recording: xr.DataTree, *, first_domain: str | None = None) -> list[int]:
+    """Samples to show: the first few of each domain that have a token, ``first_domain`` at the front."""
+    samples = schema.group(recording, "samples")
+    domains, n_tokens = samples["domain"].values.astype(object), samples["n_tokens"].values
+    order = sorted(_domains(recording), key=lambda name: name != first_domain)
+    return [
+        int(sample)
+        for domain in order
+        for sample in np.flatnonzero((domains == domain) & (n_tokens > 0))[:DOCUMENTS_PER_DOMAIN]
+    ]

@@ -1,0 +1,130 @@
+"""The training code does what its cards say: fair rows, the right loss, and a stop that costs nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.progress import Progress
+from safetensors.torch import load_file
+
+import probe
+from training import plan, train
+from training.evaluate import zlib_bits_per_byte
+from training.rows import pieces, training_rows
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return probe.load("tiny-scout").tokenizer
+
+
+def test_pieces_keep_every_token_and_start_with_bos(tokenizer):
+    text = "one two three four five six seven eight nine ten " * 5
+    runs = pieces([text, "short"], tokenizer, 16)
+    assert all(run[0] == tokenizer.bos_token_id and len(run) <= 16 for run in runs)
+    ids = np.concatenate([run[1:] for run in runs]).tolist()
+    expected = tokenizer([text, "short"], add_special_tokens=False)["input_ids"]
+    assert ids == [*expected[0], tokenizer.eos_token_id, *expected[1], tokenizer.eos_token_id]
+
+
+def test_rows_give_every_domain_the_same_share_and_start_with_a_piece():
+    runs = {
+        "long": [np.array([7, *[1] * 29])] * 3,
+        "short": [np.array([7, *[2] * n]) for n in (3, 5, 8)],
+        "other": [np.array([7, *[3] * 11])],
+    }
+    rows = training_rows(runs, n_rows=200, length=32, seed=0)
+    assert (rows[:, 0] == 7).all()
+    shares = np.bincount(rows.ravel(), minlength=4)[1:4] / (rows != 7).sum()
+    np.testing.assert_allclose(shares, 1 / 3, atol=0.03)
+    np.testing.assert_array_equal(rows, training_rows(runs, n_rows=200, length=32, seed=0))
+
+
+def test_balance_loss_is_one_at_uniform_and_the_number_of_experts_at_collapse():
+    uniform = torch.eye(4).repeat(5, 1) * 1e-4
+    collapsed = torch.zeros(20, 4)
+    collapsed[:, 2] = 50
+    losses = train.balance_losses((uniform, collapsed), top_k=1)
+    torch.testing.assert_close(losses, torch.tensor([1.0, 4.0]))
+
+
+def test_balance_loss_by_hand():
+    # Two of three tokens choose expert 0: f = (2/3, 1/3); P is the mean softmax.
+    logits = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+    first = [float(torch.sigmoid(torch.tensor(x))) for x in (1.0, 2.0, -3.0)]
+    p = sum(first) / 3
+    expected = 2 * (2 / 3 * p + 1 / 3 * (1 - p))
+    assert train.balance_losses((logits,), top_k=1).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_chunked_attention_is_the_chunked_mask(tokenizer):
+    torch.manual_seed(0)
+    model = train.Llama4ForCausalLM(train.build_config(plan.ARMS["tiny-scout"], tokenizer)).eval()
+    ids = torch.randint(0, 4000, (2, 512))
+    with torch.no_grad():
+        expected = model(ids).logits
+        train.use_chunked_attention(model)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_learning_rate_warms_up_and_falls():
+    rates = [train.learning_rate(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(plan.PEAK_LEARNING_RATE / 20)
+    assert max(rates) == pytest.approx(plan.PEAK_LEARNING_RATE)
+    assert rates[-1] == pytest.approx(plan.FINAL_LEARNING_RATE, rel=0.01)
+
+
+def test_zlib_bits_per_byte_by_hand():
+    assert zlib_bits_per_byte(["a" * 10_000]) < 0.05
+    random = np.random.default_rng(0).integers(0, 128, 5000, dtype=np.uint8).tobytes().decode("ascii")
+    assert zlib_bits_per_byte([random]) == pytest.approx(7, abs=0.2)
+
+
+def test_training_resumes_where_it_stopped(tmp_path, monkeypatch, tokenizer):
+    """A run that is killed and started again ends with the weights of one that was not."""
+    corpus = tmp_path / "corpus"
+    for split in ("train", "heldout"):
+        (corpus / split).mkdir(parents=True)
+        lines = [json.dumps({"text": f"document {n} says {n * n} " * 20}) for n in range(20)]
+        (corpus / split / "numbers.jsonl").write_text("\n".join(lines))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr(plan, "CORPUS", corpus)
+    monkeypatch.setattr(plan, "TOKENIZER", tmp_path / "tokenizer")
+    monkeypatch.setattr(plan, "CONTEXT", 128)
+    monkeypatch.setattr(plan, "BATCH_ROWS", 2)
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    monkeypatch.setattr(train, "HELDOUT_ROWS", 2)
+    config = plan.SCOUT_CONFIG | {"num_hidden_layers": 2}
+    arm = replace(plan.ARMS["tiny-scout"], config=config, n_tokens=5 * 2 * 128, save_at=(50,))
+
+    def run(folder):
+        monkeypatch.setattr(plan, "RUNS", folder)
+        train.train(arm, device="cpu", progress=Progress(disable=True))
+
+    run(tmp_path / "whole")
+
+    real_step = torch.optim.AdamW.step
+    steps = []
+
+    def step_until_killed(self, *args, **kwargs):
+        steps.append(None)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return real_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed")
+    monkeypatch.setattr(torch.optim.AdamW, "step", real_step)
+    run(tmp_path / "killed")
+
+    expected = load_file(tmp_path / "whole" / arm.name / "weights.safetensors")
+    weights = load_file(tmp_path / "killed" / arm.name / "weights.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "killed" / arm.name / "weights-50.safetensors").exists()
+    assert not (tmp_path / "killed" / arm.name / "state.safetensors").exists()
