@@ -114,7 +114,7 @@ def report(
     import probe
 
     page = probe.write_report(recording, out, problems=problems, progress=True)
-    typer.echo(f"Report: {page} ({_size(recording)}{_counted(problems)})")
+    typer.echo(f"Report: {page} ({_size(recording)}{_left_out(problems)})")
 
 
 @app.command()
@@ -233,11 +233,16 @@ def _refuse_beside_from(given: Mapping[str, object]) -> None:
 
 
 def _size(recording: xr.DataTree) -> str:
-    return f"{recording['samples'].sizes['sample']:,} documents, {recording['routing'].sizes['token']:,} tokens"
+    documents, tokens = recording["samples"].sizes["sample"], recording["routing"].sizes["token"]
+    return f"{_count(documents, 'document')}, {_count(tokens, 'token')}"
 
 
-def _counted(problems: Sequence[BadLine]) -> str:
-    return f", {len(problems):,} bad lines left out" if problems else ""
+def _left_out(problems: Sequence[BadLine]) -> str:
+    return f", {_count(len(problems), 'bad line')} left out" if problems else ""
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _weights_size(model: str) -> str:

@@ -70,7 +70,7 @@ def log2(ratio: np.ndarray) -> np.ndarray:
 
 
 def limit(log_ratio: np.ndarray) -> int:
-    """End of the symmetric colours in powers of 2: it holds 99 % of the ratios above 1, so one odd cell fades no other."""
+    """End of the symmetric colours in powers of 2; 99 % of the ratios above 1 lie within, so none fades the rest."""
     above = log_ratio[log_ratio > 0]
     return int(np.clip(np.ceil(np.quantile(above, 0.99)) if above.size else 1, 1, LARGEST_LIMIT))
 
@@ -105,7 +105,7 @@ def colour_ratios(figure: go.Figure, log_ratio: np.ndarray, title: str) -> None:
 
 
 def cell_text(ratio: np.ndarray, settled: np.ndarray, *, unused: np.ndarray, numbered: bool) -> np.ndarray:
-    """What stands in the cells: a cross where nothing was seen, a dot where the ratio may be 1, else maybe the number."""
+    """What stands in the cells: a cross where nothing was seen, a dot where the ratio may be 1, or the number."""
     text = np.full(ratio.shape, "", dtype=object)
     if numbered:
         text[:] = strings(lambda value: f"{value:.2g}" if value < 9.95 else f"{value:.0f}", ratio)

@@ -1,8 +1,8 @@
 """Results of statistics as ``plotly`` figures: nothing is computed here but where a mark goes.
 
-Every figure follows the same rules. Layers stand on the y axis at the decoder's own index, 0 at the bottom, so that dense
-layers are gaps; a NoPE layer carries the sign ``◇``. Ratios are on a log scale around 1. Colours suit a light page;
-``layout.meta`` holds the colour scale for a dark one, which the report's script puts in.
+Every figure follows the same rules. Layers stand on the y axis at the decoder's own index, 0 at the bottom, so that
+dense layers are gaps; a NoPE layer carries the sign ``◇``. Ratios are on a log scale around 1. Colours suit a light
+page; ``layout.meta`` holds the colour scale for a dark one, which the report's script puts in.
 """
 
 from __future__ import annotations

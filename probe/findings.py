@@ -1,8 +1,8 @@
-"""Statistics in plain words: findings with their numbers and intervals, and titles that state what a figure shows.
+"""Statistics in plain words: sentences, each with its number, its interval and the figure that shows it.
 
-Pure functions of results of :mod:`probe.routing_stats`. Naming the largest of many cells is a selection, so a finding's interval is
-widened until it holds for all the cells that it was picked from at once (Bonferroni), and what does not stand out from its
-null then is not a finding.
+Pure functions of results of :mod:`probe.routing_stats`. Naming the largest of many cells is a selection, so a finding's
+interval is widened until it holds for all the cells that it was picked from at once (Bonferroni), and what does not
+stand out from its null then is not a finding.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MAX_OF_A_KIND = 2
 class Finding:
     """One sentence and what it rests on; ``headline`` is its main number, for the eye.
 
-    ``value``, ``lower`` and ``upper`` are the number that stands in ``text`` with its interval, ``null`` what chance alone would give,
-    in the same unit; ``strength`` is the log of the ratio between the near end of the interval and the null. ``anchor``
-    names the figure, ``detail`` how the interval was made, ``where`` the layer, expert or domain.
+    ``value``, ``lower`` and ``upper`` are the number that stands in ``text`` with its interval, ``null`` what chance
+    alone would give, in the same unit; ``strength`` is the log of the ratio between the near end of the interval and
+    the null. ``anchor`` names the figure, ``detail`` how the interval was made, ``where`` the layer, expert or domain.
     """
 
     kind: str
@@ -49,20 +49,21 @@ class Finding:
 
 def percent(share: float) -> str:
     """A share for people: 41 %, 4.1 %, 0.41 %."""
-    return f"{_digits(100 * share)}\u00a0%"
+    return f"{digits(100 * share)}\u00a0%"
 
 
 def times(ratio: float) -> str:
     """A ratio for people: 12 ×, 6.2 ×, 0.61 ×."""
-    return f"{_digits(ratio)}\u00a0×"
+    return f"{digits(ratio)}\u00a0×"
 
 
 def interval(lower: float, upper: float, scale: float = 1) -> str:
     """An interval for people, such as [36, 46]."""
-    return f"[{_digits(scale * lower)}, {_digits(scale * upper)}]"
+    return f"[{digits(scale * lower)}, {digits(scale * upper)}]"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
+    """A number for people: two digits that count, all of a whole number."""
     if not np.isfinite(value):
         return "?"
     if value == 0:
@@ -84,8 +85,8 @@ def widening(level: float, n_compared: int, n_documents: float | np.ndarray) -> 
 
     Notes
     -----
-    Bonferroni: the ratio of the Student t quantile at 1 - (1 - level) / (2 n) with ``n_documents`` - 1 degrees of freedom to the normal
-    one at 1 - (1 - level) / 2; t from its expansion in 1 / df, Abramowitz & Stegun 26.7.5.
+    Bonferroni: the ratio of the Student t quantile at 1 - (1 - level) / (2 n), with ``n_documents`` - 1 degrees of
+    freedom, to the normal one at 1 - (1 - level) / 2; t from its expansion in 1 / df, Abramowitz & Stegun 26.7.5.
     """
     tail = (1 - level) / 2
     z = NormalDist().inv_cdf(1 - tail / max(n_compared, 1))
@@ -103,9 +104,9 @@ def specialized_cells(result: xr.Dataset) -> xr.Dataset:
 
     Returns
     -------
-    Dataset (domain, layer, expert): ``share``, ``lift``, their ``_lower`` and ``_upper``, and ``settled``, true where the interval
-    of the lift excludes 1; attribute ``n_compared``. Intervals are widened on a log scale; NaN for a domain of fewer than
-    5 documents.
+    Dataset (domain, layer, expert): ``share``, ``lift``, their ``_lower`` and ``_upper``, and ``settled``, true where
+    the interval of the lift excludes 1; attribute ``n_compared``. Intervals are widened on a log scale; NaN for a
+    domain of fewer than 5 documents.
     """
     enough = result["n_documents"] >= MIN_DOCUMENTS
     known = (result["lift_lower"].notnull() & result["lift_upper"].notnull() & enough).sum().item()
@@ -140,8 +141,8 @@ def find(results: Mapping[str, xr.Dataset]) -> list[Finding]:
 
     Parameters
     ----------
-    results : of ``routing_stats`` by name: ``load_interval``, ``imbalance``, ``margin`` and ``repetition``, and, where there is more than one domain,
-        ``specialization``.
+    results : of ``routing_stats`` by name: ``load_interval``, ``imbalance``, ``margin`` and ``repetition``, and, where
+        there is more than one domain, ``specialization``.
 
     Returns
     -------
@@ -162,55 +163,58 @@ def find(results: Mapping[str, xr.Dataset]) -> list[Finding]:
 def _nothing(results: Mapping[str, xr.Dataset]) -> Finding:
     n_documents = int(results["load_interval"]["n_documents"])
     compared = "load, domains and repetition" if "specialization" in results else "load and repetition"
-    text = f"Nothing stands out: in no layer do {compared} differ from chance by more than the intervals over {n_documents} documents allow."
     if n_documents < 2:
-        text = "Nothing can be claimed: one document has no interval, as tokens of a document are not independent. Record more of them."
-    return Finding(
-        "nothing",
-        "0",
-        text,
-        "imbalance",
-        np.nan,
-        np.nan,
-        np.nan,
-        None,
-        0.0,
-        "Intervals resample documents; with more documents smaller differences show.",
-    )
+        text = (
+            "Nothing can be claimed: one document has no interval, as the tokens of a document are not independent. "
+            "Record more documents."
+        )
+    else:
+        text = (
+            f"Nothing stands out: in no layer do {compared} differ from chance by more than the intervals over "
+            f"{n_documents:,} documents allow."
+        )
+    detail = "Intervals resample documents; with more documents smaller differences show."
+    return Finding("nothing", "0", text, "imbalance", np.nan, np.nan, np.nan, None, 0.0, detail)
 
 
 def _quiet(results: Mapping[str, xr.Dataset], found: set[str]) -> list[Finding]:
     """What was looked at and did not stand out, with the nearest it came."""
     findings = []
-    repeated = results["repetition"]
-    lower = repeated["lower"] / repeated["null"]
-    if "repetition" not in found and bool(lower.notnull().any()):
-        cell = repeated.isel(layer=int(lower.argmax("layer")))
-        value, low, high, null = (float(cell[name]) for name in ("repetition", "lower", "upper", "null"))
-        findings.append(
-            Finding(
-                "quiet repetition",
-                percent(value),
-                f"Neighbouring tokens do not surely share an expert more often than independent ones in any layer; layer {int(cell['layer'])} "
-                f"comes nearest with {percent(value)} {interval(low, high, 100)} against {percent(null)}.",
-                "repetition",
-                value,
-                low,
-                high,
-                null,
-                0.0,
-                where={"layer": int(cell["layer"])},
-            )
-        )
+    if "repetition" not in found:
+        findings += _quiet_repetition(results["repetition"])
     if "specialization" not in found and "specialization" in results:
-        cells = specialized_cells(results["specialization"])
-        n_compared = cells.attrs["n_compared"]
-        if n_compared:
-            text = f"No domain surely prefers an expert: of {n_compared:,} cells (domain, layer, expert) none has an interval above 1\u00a0×."
-        else:
-            text = f"Domains cannot be compared: none has {MIN_DOCUMENTS} documents."
-        findings.append(Finding("quiet specialization", "0", text, "domains", 0.0, np.nan, np.nan, None, 0.0))
+        findings.append(_quiet_domains(specialized_cells(results["specialization"])))
     return findings
+
+
+def _quiet_repetition(result: xr.Dataset) -> list[Finding]:
+    excess = result["lower"] / result["null"]
+    if not bool(excess.notnull().any()):
+        return []
+    nearest = result.isel(layer=int(excess.argmax("layer")))
+    layer = int(nearest["layer"])
+    value, lower, upper, null = (float(nearest[name]) for name in ("repetition", "lower", "upper", "null"))
+    text = (
+        "In no layer do neighbouring tokens surely share an expert more often than independent ones; "
+        f"layer {layer} comes nearest with {percent(value)} {interval(lower, upper, 100)} against {percent(null)}."
+    )
+    where = {"layer": layer}
+    return [
+        Finding(
+            "quiet repetition", percent(value), text, "repetition", value, lower, upper, null, strength=0.0, where=where
+        )
+    ]
+
+
+def _quiet_domains(cells: xr.Dataset) -> Finding:
+    n_compared = cells.attrs["n_compared"]
+    text = f"Domains cannot be compared: none has {MIN_DOCUMENTS} documents."
+    if n_compared:
+        text = (
+            f"No domain surely prefers an expert: of {n_compared:,} cells (domain, layer, expert) none has an interval "
+            "above 1\u00a0×."
+        )
+    return Finding("quiet specialization", "0", text, "domains", 0.0, np.nan, np.nan, None, strength=0.0)
 
 
 def _preferences(results: Mapping[str, xr.Dataset]) -> list[Finding]:
@@ -225,24 +229,24 @@ def _preferences(results: Mapping[str, xr.Dataset]) -> list[Finding]:
             continue
         row, column = np.unravel_index(int(np.nanargmax(lower.values)), lower.shape)
         cell = cells.sel(domain=domain).isel(layer=row, expert=column)
-        layer, expert = int(cell["layer"]), int(cell["expert"])
-        share, lift = (_triple(cell, name) for name in ("share", "lift"))
-        findings.append(
-            Finding(
-                "specialization",
-                times(lift[0]),
-                f"Layer {layer} sends {percent(share[0])} {interval(*share[1:], scale=100)} of “{domain}” tokens to expert {expert}, "
-                f"{times(lift[0])} {interval(*lift[1:])} its share overall.",
-                "domains",
-                *lift,
-                1.0,
-                float(np.log(lift[1])),
-                f"Both intervals hold at {percent(cells.attrs['level'])} for all {cells.attrs['n_compared']:,} cells "
-                "(domain, layer, expert) at once (Bonferroni), since the largest was picked.",
-                {"domain": str(domain), "layer": layer, "expert": expert},
-            )
-        )
+        findings.append(_preference(cell, str(domain), cells.attrs))
     return findings
+
+
+def _preference(cell: xr.Dataset, domain: str, attributes: Mapping[str, float]) -> Finding:
+    layer, expert = int(cell["layer"]), int(cell["expert"])
+    share, lift = (_triple(cell, name) for name in ("share", "lift"))
+    text = (
+        f"Layer {layer} sends {percent(share[0])} {interval(*share[1:], scale=100)} of “{domain}” tokens to expert "
+        f"{expert}, {times(lift[0])} {interval(*lift[1:])} its share overall."
+    )
+    detail = (
+        f"Both intervals hold at {percent(attributes['level'])} for all {attributes['n_compared']:,} cells (domain, "
+        "layer, expert) at once (Bonferroni), since the largest was picked."
+    )
+    where = {"domain": domain, "layer": layer, "expert": expert}
+    strength = float(np.log(lift[1]))
+    return Finding("specialization", times(lift[0]), text, "domains", *lift, 1.0, strength, detail, where)
 
 
 def _log(ratio: xr.DataArray) -> xr.DataArray:
@@ -264,24 +268,19 @@ def _uneven(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     if not bool((excess > 0).any()):
         return []
     at = int(excess.argmax("layer"))
-    numbers = [float(part[at]) for part in (value, lower, value + reach)]
+    middle, low, high, chance = (float(part[at]) for part in (value, lower, value + reach, null))
     layer, expert = int(result["layer"][at]), int(load["load"].isel(layer=at).argmax("expert"))
-    return [
-        Finding(
-            "imbalance",
-            times(numbers[0]),
-            f"Layer {layer} is the least even: its busiest expert, {expert}, takes {times(numbers[0])} {interval(*numbers[1:])} an even share; "
-            f"chance alone would stay below {float(null[at]):.2f}\u00a0×.",
-            "imbalance",
-            numbers[0],
-            numbers[1],
-            numbers[2],
-            float(null[at]),
-            float(excess[at]),
-            f"The interval holds for all {result.sizes['layer']} layers at once; chance: 97.5 % of uniform routers, independent tokens.",
-            {"layer": layer, "expert": expert},
-        )
-    ]
+    text = (
+        f"Layer {layer} is the least even: its busiest expert, {expert}, takes {times(middle)} {interval(low, high)} "
+        f"an even share; chance alone would stay below {chance:.2f}\u00a0×."
+    )
+    detail = (
+        f"The interval holds for all {result.sizes['layer']} layers at once. Chance: 97.5 % of uniform routers with "
+        "as many independent tokens."
+    )
+    where = {"layer": layer, "expert": expert}
+    strength = float(excess[at])
+    return [Finding("imbalance", times(middle), text, "imbalance", middle, low, high, chance, strength, detail, where)]
 
 
 def _over_layers(result: xr.Dataset, load: xr.Dataset) -> float:
@@ -300,22 +299,26 @@ def _unused(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     upper = float(load["upper"].isel(layer=at).where(load["load"].isel(layer=at) == 0).max())
     if not upper < even:
         return []
-    total = int(unused.sum())
+    total, n_experts = int(unused.sum()), load.sizes["expert"]
     elsewhere = f" ({total:,} in all layers together)" if total > number else ""
-    took = "expert" if number == 1 else "experts"
+    text = (
+        f"In layer {layer}, {number} of {n_experts} experts got no token at all{elsewhere}; "
+        f"the load of each is at most {percent(upper)}, where an even share is {percent(even)}."
+    )
+    detail = "Rule of three on the effective number of tokens: an unused expert is not proven dead."
+    strength = float(np.log(even / upper))
     return [
         Finding(
             "unused",
-            f"{number} of {load.sizes['expert']}",
-            f"In layer {layer}, {number} of {load.sizes['expert']} {took} got no token at all{elsewhere}; "
-            f"the load of each is at most {percent(upper)}, where an even share is {percent(even)}.",
+            f"{number} of {n_experts}",
+            text,
             "load",
             0.0,
             0.0,
             upper,
             even,
-            float(np.log(even / upper)),
-            "Rule of three on the effective number of tokens: an unused expert is not proven dead.",
+            strength,
+            detail,
             {"layer": layer},
         )
     ]
@@ -331,23 +334,14 @@ def _repeats(results: Mapping[str, xr.Dataset]) -> list[Finding]:
         return []
     at = int(excess.argmax("layer"))
     value, low, high, null = (float(part[at]) for part in (result["repetition"], lower, upper, result["null"]))
-    layer = int(result["layer"][at])
-    return [
-        Finding(
-            "repetition",
-            percent(value),
-            f"In layer {layer} a token goes to the same expert as the one before it {percent(value)} {interval(low, high, 100)} of the time; "
-            f"independent tokens would {percent(null)}.",
-            "repetition",
-            value,
-            low,
-            min(high, 1.0),
-            null,
-            float(excess[at]),
-            f"The interval holds for all {result.sizes['layer']} layers at once.",
-            {"layer": layer},
-        )
-    ]
+    layer, high = int(result["layer"][at]), min(high, 1.0)
+    text = (
+        f"In layer {layer} a token goes to the same expert as the one before it {percent(value)} "
+        f"{interval(low, high, 100)} of the time; independent tokens would {percent(null)}."
+    )
+    detail = f"The interval holds for all {result.sizes['layer']} layers at once."
+    strength, where = float(excess[at]), {"layer": layer}
+    return [Finding("repetition", percent(value), text, "repetition", value, low, high, null, strength, detail, where)]
 
 
 def _certainty(results: Mapping[str, xr.Dataset]) -> list[Finding]:
@@ -358,22 +352,13 @@ def _certainty(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     at = int(np.nanargmin(quantiles[:, 2]))
     low, first, middle, _, high = (float(value) for value in quantiles[at])
     layer = int(results["margin"]["layer"][at])
-    return [
-        Finding(
-            "margin",
-            f"{_digits(middle)} logits",
-            f"The router is least sure in layer {layer}: the median margin is {_digits(middle)}\u00a0logits "
-            f"(90\u00a0% of decisions: {interval(low, high)}), and a quarter are within {_digits(first)}.",
-            "margins",
-            middle,
-            low,
-            high,
-            None,
-            0.0,
-            "The range is that of the decisions, not an uncertainty.",
-            {"layer": layer},
-        )
-    ]
+    text = (
+        f"The router is least sure in layer {layer}: the median margin is {digits(middle)}\u00a0logits "
+        f"(90\u00a0% of decisions: {interval(low, high)}), and a quarter are within {digits(first)}."
+    )
+    detail, where = "The range is that of the decisions, not an uncertainty.", {"layer": layer}
+    headline = f"{digits(middle)} logits"
+    return [Finding("margin", headline, text, "margins", middle, low, high, None, 0.0, detail, where)]
 
 
 def enough_expected(result: xr.Dataset, least: int = MIN_EXPECTED) -> xr.DataArray:
@@ -381,92 +366,3 @@ def enough_expected(result: xr.Dataset, least: int = MIN_EXPECTED) -> xr.DataArr
     count = result["count"]
     total = count.sum(["expert", "next_expert"])
     return count.sum("next_expert") * count.sum("expert") >= least * total
-
-
-# --- titles -----------------------------------------------------------------------------------------------------------
-
-
-def layers_in_words(layers: list[int], n_layers: int) -> str:
-    """Which layers, for a sentence: "layers 5 and 6", "every layer", "11 of 48 layers"."""
-    if len(layers) == n_layers:
-        return "every layer" if n_layers > 1 else f"layer {layers[0]}"
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    if len(layers) <= 3:
-        return f"layers {', '.join(map(str, layers[:-1]))} and {layers[-1]}"
-    return f"{len(layers)} of {n_layers} layers"
-
-
-def load_title(result: xr.Dataset) -> str:
-    """What the heatmap of load shows, from ``load_interval``."""
-    load = result["load"].transpose("layer", "expert")
-    ratio, lower = (part.transpose("layer", "expert").values * load.sizes["expert"] for part in (load, result["lower"]))
-    if not (lower > 1).any():
-        return "No expert is surely busier than an even share"
-    row, column = np.unravel_index(int(np.nanargmax(ratio)), ratio.shape)
-    return (
-        f"The busiest expert of all is number {int(load['expert'][column])} of layer {int(load['layer'][row])}, "
-        f"at {times(ratio[row, column])} an even share"
-    )
-
-
-def imbalance_title(result: xr.Dataset) -> str:
-    """What the figure of imbalance shows, from ``imbalance``."""
-    above = result["max_violation_lower"] > result["max_violation_null_upper"]
-    layers = [int(layer) for layer in result["layer"].values[above.values]]
-    if result["max_violation_lower"].isnull().all():
-        return "One document alone cannot say whether a layer is less even than chance"
-    if not layers:
-        return "No layer is surely less even than chance would make it"
-    verb = "are" if 1 < len(layers) < result.sizes["layer"] else "is"
-    words = layers_in_words(layers, result.sizes["layer"])
-    return f"{words[0].upper()}{words[1:]} {verb} less even than chance would make {'them' if verb == 'are' else 'it'}"
-
-
-def specialization_title(cells: xr.Dataset) -> str:
-    """What the heatmaps of domains show, from :func:`specialized_cells`."""
-    n_compared, n_settled = int(cells.attrs["n_compared"]), int(cells["settled"].sum())
-    if not n_compared:
-        return "Too few documents in each domain to tell the domains apart"
-    if not n_settled:
-        return "No domain surely prefers an expert"
-    by_domain = cells["settled"].sum(["layer", "expert"])
-    most = str(cells["domain"].values[int(by_domain.argmax("domain"))])
-    return f"“{most}” has the most distinct taste; {percent(n_settled / n_compared)} of all cells surely differ from the overall load"
-
-
-def margin_title(result: xr.Dataset) -> str:
-    """What the figure of margins shows, from ``margin``."""
-    middle = result["margin"].transpose("layer", "quantile").values[:, 2]
-    if not np.isfinite(middle).any():
-        return "Every expert is chosen, so there is no margin"
-    least, most = int(np.nanargmin(middle)), int(np.nanargmax(middle))
-    if least == most:
-        return f"Half of the decisions are closer than {_digits(middle[least])} logits"
-    layers = result["layer"].values
-    return (
-        f"The router is surest in layer {layers[most]} (median margin {_digits(middle[most])} logits) "
-        f"and least sure in layer {layers[least]} ({_digits(middle[least])})"
-    )
-
-
-def transition_title(result: xr.Dataset) -> str:
-    """What the heatmaps of transitions show, from ``transition``."""
-    lift = result["lift"].where(enough_expected(result)).transpose("layer", "expert", "next_expert")
-    if not np.isfinite(lift.values).any():
-        return "Too few tokens to see how one layer's expert leads to the next"
-    at = np.unravel_index(int(np.nanargmax(lift.values)), lift.shape)
-    cell = result.transpose("layer", "expert", "next_expert").isel(layer=at[0], expert=at[1], next_expert=at[2])
-    return (
-        f"{percent(float(cell['probability']))} of the tokens at layer {int(cell['layer'])}'s expert {int(cell['expert'])} go on to "
-        f"layer {int(cell['next_layer'])}'s expert {int(cell['next_expert'])}, {times(float(cell['lift']))} what independence gives"
-    )
-
-
-def repetition_title(result: xr.Dataset) -> str:
-    """What the figure of repetition shows, from ``repetition``."""
-    above = (result["lower"] > result["null"]).values
-    layers = [int(layer) for layer in result["layer"].values[above]]
-    if not layers:
-        return "In no layer do neighbouring tokens surely share an expert more often than chance"
-    return f"Neighbouring tokens share an expert more often than chance in {layers_in_words(layers, result.sizes['layer'])}"

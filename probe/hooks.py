@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 import xarray as xr
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,10 +24,8 @@ from torch import Tensor, nn
 from probe import __version__, recording, schema, sites, vocabulary
 from probe.dispatch import expert_dispatch_of
 from probe.models import LoadedModel
+from probe.reduction import next_token_losses, real_tokens, reduce_router
 from probe.schema import ProbeError
-
-LOSS_TILE = 1024
-"""Tokens whose logits over the whole vocabulary are held at once."""
 
 Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor
 
@@ -104,8 +101,6 @@ class Recorder:
         self._probability_batches: list[tuple[np.ndarray, np.ndarray]] = []
         self._continued = False
 
-    # --- hooks --------------------------------------------------------------------------------------------------------
-
     def __enter__(self) -> Recorder:
         if self._handles:
             raise RecordingError("this recorder is running already: use a second Recorder to nest")
@@ -140,7 +135,7 @@ class Recorder:
             raise RecordingError("this forward was given inputs_embeds without input_ids: its tokens are unknown")
         cache = inputs.get("past_key_values")
         n_past = int(cache.get_seq_length()) if cache is not None else 0
-        is_real = _real_tokens(inputs.get("attention_mask"), token_ids, n_past)
+        is_real = real_tokens(inputs.get("attention_mask"), token_ids, n_past)
         self._outer_inputs = {}
         self._forward = _Forward(token_ids, is_real, cache, n_past)
 
@@ -194,8 +189,6 @@ class Recorder:
         with torch.no_grad():
             self._keep(forward, samples, output[0])
 
-    # --- reduction ----------------------------------------------------------------------------------------------------
-
     def _keep(self, forward: _Forward, samples: np.ndarray, hidden_states: Tensor) -> None:
         """Reduce a forward to rows, on the device, and copy them out."""
         row_of_token, _ = forward.is_real.nonzero(as_tuple=True)
@@ -220,7 +213,10 @@ class Recorder:
             rows[name] = torch.stack([reduced[name].cpu() for reduced in layer_rows], dim=1).numpy()
         # A sequence that goes on with a cache has targets in another forward: no loss for any recording of such.
         if self._head is not None and not self._continued:
-            rows |= self._losses(forward, hidden_states)
+            is_real = forward.is_real.to(hidden_states.device)
+            token_ids = forward.token_ids.to(hidden_states.device)[is_real]
+            losses, predicted = next_token_losses(self._head, hidden_states[is_real], token_ids, row_of_token)
+            rows |= {"next_token_loss": losses.cpu().numpy(), "predicted_id": predicted.cpu().numpy().astype(np.uint32)}
         for sample, n_new in zip(samples, n_real, strict=True):
             self._next_position[sample] += n_new
         self._row_batches.append(rows)
@@ -229,28 +225,6 @@ class Recorder:
     @property
     def _top_k(self) -> int:
         return next(iter(self._blocks.values())).router.top_k
-
-    def _losses(self, forward: _Forward, hidden_states: Tensor) -> dict[str, np.ndarray]:
-        """Loss of the next token and the predicted one, computed for ``LOSS_TILE`` tokens at a time."""
-        assert self._head is not None
-        is_real = forward.is_real.to(hidden_states.device)
-        token_ids = forward.token_ids.to(hidden_states.device)[is_real]
-        row, _ = is_real.nonzero(as_tuple=True)
-        hidden = hidden_states[is_real]
-        losses = torch.full(token_ids.shape, torch.nan, dtype=torch.float32, device=hidden.device)
-        predicted = torch.empty_like(token_ids)
-        for start in range(0, len(token_ids), LOSS_TILE):
-            tile = slice(start, start + LOSS_TILE)
-            logits = self._head(hidden[tile]).float()
-            predicted[tile] = logits.argmax(dim=-1)
-            target = token_ids[start + 1 : start + 1 + len(logits)]
-            loss = F.cross_entropy(logits[: len(target)], target, reduction="none")
-            losses[start : start + len(target)] = loss
-        # The next real token of a sample's last one belongs to another sample.
-        losses[:-1][row[1:] != row[:-1]] = torch.nan
-        return {"next_token_loss": losses.cpu().numpy(), "predicted_id": predicted.cpu().numpy().astype(np.uint32)}
-
-    # --- result -------------------------------------------------------------------------------------------------------
 
     def trace(self, samples: Sequence[recording.Sample] | None = None) -> xr.DataTree:
         """What was recorded, as a DataTree (see ``probe.schema``).
@@ -319,57 +293,6 @@ class Recorder:
         if loaded and loaded.weights_sha256:
             attributes["weights_sha256"] = loaded.weights_sha256
         return attributes
-
-
-def reduce_router(scores: Tensor, logits: Tensor, top_k: int, all_logits: bool = False) -> dict[str, Tensor]:
-    """One router's output on T tokens, reduced to what a recording keeps.
-
-    Parameters
-    ----------
-    scores, logits : (T, E) as ``Llama4Router`` returns them; scores are exactly 0 for an expert that was not chosen.
-
-    Returns
-    -------
-    ``expert_index`` and ``router_logit`` (T, top_k), ``router_margin`` and ``logit_logsumexp`` (T,), and, where there
-    is an expert that was not chosen, ``runner_up_index`` (T,).
-    """
-    n_experts = logits.shape[-1]
-    logits = logits.float()
-    lowest = torch.finfo(logits.dtype).min
-    # Who was chosen is read from the scores: a second top-k on bf16 logits could break a tie the other way. A score
-    # can still be 0 for a chosen expert when its sigmoid underflows; those rows fall back on the logits.
-    is_chosen = scores != 0
-    complete = is_chosen.sum(dim=-1, keepdim=True) == top_k
-    ranked = torch.where(is_chosen | ~complete, logits, lowest)
-    router_logit, expert_index = ranked.topk(top_k, dim=-1)
-    dtype = torch.uint8 if n_experts <= 255 else torch.uint16
-    reduced = {
-        "expert_index": expert_index.to(dtype),
-        "router_logit": router_logit.half(),
-        "router_margin": torch.full(logits.shape[:1], torch.nan, dtype=torch.half, device=logits.device),
-        "logit_logsumexp": logits.logsumexp(dim=-1),
-    }
-    if top_k < n_experts:
-        best_other, runner_up_index = logits.scatter(-1, expert_index, lowest).max(dim=-1)
-        reduced["runner_up_index"] = runner_up_index.to(dtype)
-        reduced["router_margin"] = (router_logit[:, -1] - best_other).half()
-    if all_logits:
-        reduced["all_logits"] = logits.half()
-    return reduced
-
-
-def _real_tokens(attention_mask: Any, token_ids: Tensor, n_past: int) -> Tensor:
-    """Which of the new positions (B, n) are tokens and not padding."""
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask["full_attention"]
-    if attention_mask is None:
-        return torch.ones_like(token_ids, dtype=torch.bool)
-    n_new = token_ids.shape[1]
-    if attention_mask.ndim == 2:
-        return attention_mask[:, n_past : n_past + n_new].bool()
-    # A mask made for a static cache: a padding key is hidden from the last query, which is always a token.
-    visible = attention_mask[:, 0, -1, n_past : n_past + n_new]
-    return visible if visible.dtype == torch.bool else visible == 0
 
 
 def record(

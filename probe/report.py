@@ -1,8 +1,8 @@
 """A recording as one HTML page for people, and tables and a summary for programs.
 
-:func:`write_report` is the way of the data in small: it validates the recording, computes every statistic once, draws, and
-writes. The page holds its scripts, figures and text, so it opens from disk with no network; most of its size is plotly.js
-(4.8 MB).
+:func:`write_report` is the way of the data in small: it validates the recording, computes every statistic once, draws,
+and writes. The page holds its scripts, figures and text, so it opens from disk with no network; most of its size is
+plotly.js (4.8 MB).
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from probe import figures, findings, routing_stats, schema, store, text_view
+from probe import findings, report_sections, routing_stats, schema, store, text_view
+from probe.report_sections import Results, layer_name
 from probe.schema import ProbeError
 
 if TYPE_CHECKING:
@@ -36,13 +36,8 @@ TEXT_BYTES = 4_000_000
 """Routing numbers of the shown text, before base64: a recording of many layers shows fewer tokens."""
 
 PROBLEMS_LISTED = 100
-LARGEST_TABLE = 4_000
-"""Cells of a table in the page; larger ones are only in ``tables/``."""
-
 TOKEN_CHIPS = 8_000
 """Tokens in the table of top tokens, over all layers and experts."""
-
-Results = dict[str, xr.Dataset]
 
 
 def write_report(
@@ -128,7 +123,7 @@ _STATISTICS: dict[str, Callable[[xr.DataTree], Any]] = {
 
 
 def compute(recording: xr.DataTree, *, step: Callable[[str], None] = lambda name: None) -> Results:
-    """Every statistic of the report, each under the name of its function; ``specialization`` only for two domains or more."""
+    """Every statistic of the report under the name of its function; ``specialization`` only for two domains or more."""
     results: Results = {}
     for name, statistic in _STATISTICS.items():
         step(name.replace("_", " "))
@@ -287,7 +282,7 @@ def render(
         level=results["load_interval"].attrs["level"],
         summary=summary,
         problems=[str(bad) for bad in problems[:20]],
-        sections=_sections(results),
+        sections=report_sections.build(results),
         token_layers=_token_layers(results, recording),
         tokens_file="top_tokens",
         open_layer=_pointed(found).get("layer", results["margin"]["layer"].values[0]),
@@ -348,14 +343,14 @@ def _token_layers(results: Results, recording: xr.DataTree) -> list[dict[str, An
         chips.setdefault((row["layer"], row["expert"]), []).append(
             {
                 "label": Markup(text_view.text_html(row["token"])),
-                "hover": f"{row['count']:,} of its {row['occurrences']:,} occurrences ({findings.percent(row['share'])}), "
-                f"{findings.times(row['lift'])} the expert's share of all tokens",
+                "hover": f"{row['count']:,} of its {row['occurrences']:,} occurrences "
+                f"({findings.percent(row['share'])}), {findings.times(row['lift'])} the expert's share of all tokens",
             }
         )
     return [
         {
             "layer": int(layer),
-            "label": _layer_name(load, at),
+            "label": layer_name(load, at),
             "experts": [
                 {
                     "number": int(expert),

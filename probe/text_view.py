@@ -1,12 +1,13 @@
 """The text of a sample, every token coloured by its expert: HTML for the report and for the notebook.
 
-Two steps. :func:`document` turns one sample of a recording into a plain :class:`Document`: the text that each token shows, and
-the router's numbers. :func:`tokens_html` and :func:`legend_html` draw it for one layer, :func:`view_html` draws a whole view
-with controls; ``assets/report/text_view.js`` recolours what they drew, so a change of layer costs no round trip.
+Two steps. :func:`document` turns one sample of a recording into a plain :class:`Document`: the text that each token
+shows, and the router's numbers. :func:`tokens_html` and :func:`legend_html` draw it for one layer, :func:`view_html`
+draws a whole view with controls; ``assets/report/text_view.js`` recolours what they drew, so a change of layer costs no
+round trip.
 
-A token of a byte BPE may end inside a UTF-8 character. Such a character is shown once, on the token that completes it; the
-tokens that hold only its first bytes stay where they are, as narrow boxes without a letter. So the shown text, read from end
-to end, is the original text.
+A token of a byte BPE may end inside a UTF-8 character. Such a character is shown once, on the token that completes it;
+the tokens that hold only its first bytes stay where they are, as narrow boxes without a letter. So the shown text, read
+from end to end, is the original text.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ _MARKED = re.compile(r" +|\t|\n|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-
 class TokenText:
     """What one token shows.
 
-    ``text`` holds the characters that the token completes, so it may be empty; ``note`` says in words which bytes a token
-    shares with a neighbour, and is empty for most; ``broken`` says that bytes in it are part of no character at all.
+    ``text`` holds the characters that the token completes, so it may be empty; ``note`` says in words which bytes a
+    token shares with a neighbour, and is empty for most; ``broken`` says that bytes in it are part of no character at
+    all.
     """
 
     text: str
@@ -139,8 +141,8 @@ def document(recording: xr.DataTree, sample: int, *, max_tokens: int | None = No
 def join(pieces: Sequence[bytes]) -> list[TokenText]:
     """Characters of consecutive tokens, each on the token that completes it.
 
-    Bytes that are part of no character are written as ``\\xe6``. Concatenated, the texts are the original text wherever that
-    was valid UTF-8.
+    Bytes that are part of no character are written as ``\\xe6``. Concatenated, the texts are the original text wherever
+    that was valid UTF-8.
     """
     characters = b"".join(pieces).decode("utf-8", errors="surrogateescape")
     widths = [1 if _is_stray(character) else len(character.encode()) for character in characters]
@@ -202,8 +204,8 @@ def piece_label(piece: bytes) -> str:
 def text_html(text: str) -> str:
     """Escaped text with visible white space; copied from the page it is the plain text.
 
-    A space shows a faint dot and a newline a ``⏎``, drawn by the style sheet; control characters, those that would turn the
-    direction of the text among them, are replaced by visible symbols.
+    A space shows a faint dot and a newline a ``⏎``, drawn by the style sheet; control characters, those that would turn
+    the direction of the text among them, are replaced by visible symbols.
     """
     parts, end = [], 0
     for match in _MARKED.finditer(text):

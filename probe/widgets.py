@@ -235,7 +235,7 @@ def load_figure(result: xr.Dataset, *, colours: Sequence[str]) -> go.Figure:
         template=figures.TEMPLATE, title_text=_load_title(result), height=290, font_color=INK, bargap=0.15,
         margin=dict(t=66, b=46, l=56, r=12), autosize=True,
     )  # fmt: skip
-    figure.update_xaxes(title_text="expert", dtick=1 if len(experts) <= 32 else 8, showgrid=False)
+    figure.update_xaxes(title_text="expert", dtick=1 if len(experts) <= 32 else 8, showgrid=False, range=[-0.6, len(experts) - 0.4])
     figure.update_yaxes(title_text="share of assignments (%)", showgrid=True, gridcolor=figures.GRID_COLOUR, rangemode="tozero")
     return figure
 

@@ -132,7 +132,7 @@ def test_report_passes_on_what_it_is_told(run, calls, tmp_path):
     assert calls["write_report"].args[1] == Path("there")
     assert [problem.line for problem in calls["write_report"].problems] == [2]
     assert f"Left out {first}:2: it is not JSON" in result.stderr
-    assert "1 bad lines left out" in result.stdout
+    assert "1 bad line left out" in result.stdout
 
 
 def test_report_names_the_first_bad_lines_and_counts_the_rest(run, calls, tmp_path):

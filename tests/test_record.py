@@ -11,7 +11,8 @@ from random_models import SHAPES, random_ids, random_model
 import probe
 from probe import schema
 from probe.dispatch import set_expert_dispatch
-from probe.hooks import RecordingError, RoutingSpec, reduce_router
+from probe.hooks import RecordingError, RoutingSpec
+from probe.reduction import reduce_router
 
 EVERYTHING = RoutingSpec(all_logits=True, next_token_loss=True)
 

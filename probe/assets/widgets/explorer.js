@@ -3,11 +3,14 @@
 const QUIET = 150; // milliseconds without a move before Python hears of a layer: dragging would flood it
 
 function render({ model, el }) {
-  el.classList.add("probe-explorer");
-  const host = document.createElement("div");
+  const host = document.createElement("div"), overlay = document.createElement("div");
   const [choice, select] = documentChoice(model.get("documents"));
   let view, root, timer;
+  for (const part of [el, overlay]) part.classList.add("probe-explorer");
+  // Else JupyterLab takes the arrow keys for itself; it looks at the element that has the focus, and no further.
+  el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });
   el.append(host);
+  document.body.append(overlay);
 
   function build() {
     const numbered = root?.querySelector(".numbers").checked;
@@ -18,6 +21,7 @@ function render({ model, el }) {
     root.querySelector("select.document").closest("label").replaceWith(choice);
     root.querySelector("input.layer").addEventListener("input", tell);
     root.querySelector(".probe-box").addEventListener("keydown", tell);
+    overlay.replaceChildren(root.querySelector(".probe-tip")); // a notebook clips what leaves its cell
     if (numbered) root.querySelector(".numbers").click();
     if (focused) select.focus();
     root.removeAttribute("aria-busy");
@@ -48,6 +52,7 @@ function render({ model, el }) {
   build();
   return () => {
     clearTimeout(timer);
+    overlay.remove();
     model.off("change:view", build);
     model.off("change:layer change:sample", follow);
   };
