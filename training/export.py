@@ -51,7 +51,7 @@ class Shipped:
 SHIPPED = (
     Shipped("tiny-scout", "tiny-scout", "16 experts in every layer, top-1 and a shared expert, like Scout"),
     Shipped("tiny-maverick", "tiny-maverick", "32 experts in every second layer, dense layers between, like Maverick"),
-    Shipped("tiny-scout-collapsed", "no-balance-0", "tiny-scout trained without a balance loss"),
+    Shipped("tiny-scout-collapsed", "no-balance-0", "tiny-scout trained without a balance loss: about half of its experts are hardly used"),
     Shipped("tiny-scout@1", "tiny-scout", "tiny-scout at 1 % of its training", 1),
     Shipped("tiny-scout@5", "tiny-scout", "tiny-scout at 5 % of its training", 5),
     Shipped("tiny-scout@20", "tiny-scout", "tiny-scout at 20 % of its training", 20),
@@ -90,7 +90,7 @@ def write_card(shipped: Shipped, evaluation: Evaluation, no_balance: dict[str, x
         plan=plan,
         config=model_config,
         n_parameters=sum(tensor.numel() for tensor in load_file(MODELS / shipped.name / "model.safetensors").values()),
-        curve=[curve[round((len(curve) - 1) * share)] for share in (0, 0.05, 0.2, 0.5, 1)],
+        curve=[curve[index] for index in sorted({round((len(curve) - 1) * share) for share in (0, 0.05, 0.2, 0.5, 1)})],
         sources=json.loads((plan.CORPUS / "summary.json").read_text())["sources"],
         evaluation=evaluation,
         no_balance=no_balance,
