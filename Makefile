@@ -40,6 +40,7 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.record
+	$(VENV)/bin/python -m benchmarks.batching
 
 clean:
 	rm -rf $(VENV) report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

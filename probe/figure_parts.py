@@ -25,6 +25,9 @@ DIVERGING = {
 }
 """Below 1 blue, above 1 orange; 1 itself has the colour of the page."""
 
+INK = "#747a86"
+"""Colour of letters, readable on white and on dark: a notebook does not tell which it is."""
+
 NULL_COLOUR = "rgba(128,134,145,0.45)"
 MISSING_COLOUR = "rgba(128,134,145,0.22)"
 GRID_COLOUR = "rgba(128,134,145,0.22)"
@@ -48,7 +51,7 @@ _HOVER = {"bgcolor": "#20242b", "bordercolor": "#565d69", "font": {"family": _FO
 
 TEMPLATE = go.layout.Template(
     layout={
-        "font": {"family": _FONT, "size": 13, "color": "#4b5260"},
+        "font": {"family": _FONT, "size": 13, "color": INK},
         "title": {"font": {"size": 16}, "x": 0, "xanchor": "left", "xref": "paper"},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -58,6 +61,7 @@ TEMPLATE = go.layout.Template(
         "hoverlabel": _HOVER | {"align": "left"},
         "legend": {"orientation": "h", "yanchor": "bottom", "y": 1, "xanchor": "left", "x": 0},
         "hovermode": "closest",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#8a8f98", "activecolor": "#3f83c4"},
         "bargap": 0,
     }
 )
@@ -65,8 +69,9 @@ TEMPLATE = go.layout.Template(
 
 
 def log2(ratio: np.ndarray) -> np.ndarray:
-    """Log of a ratio; NaN stays NaN, and 0 is put just below the lowest colour."""
-    return np.log2(np.where(ratio == 0, 2.0 ** -(LARGEST_LIMIT + 1), ratio))
+    """Log of a ratio; NaN stays NaN, and 0 is put below every other ratio and below the lowest colour."""
+    smallest = np.min(ratio, where=ratio > 0, initial=2.0**-LARGEST_LIMIT)
+    return np.log2(np.where(ratio == 0, smallest / 2, ratio))
 
 
 def limit(log_ratio: np.ndarray) -> int:
@@ -109,8 +114,9 @@ def cell_text(ratio: np.ndarray, settled: np.ndarray, *, unused: np.ndarray, num
     text = np.full(ratio.shape, "", dtype=object)
     if numbered:
         text[:] = strings(lambda value: f"{value:.2g}" if value < 9.95 else f"{value:.0f}", ratio)
-    text[~settled] = "·" if ratio.shape[1] <= DOTTED_EXPERTS else ""
-    text[unused] = "×"
+    roomy = ratio.shape[1] <= DOTTED_EXPERTS
+    text[~settled] = "·" if roomy else ""
+    text[unused if roomy else unused & settled] = "×"
     text[np.isnan(ratio)] = ""
     return text
 

@@ -47,7 +47,8 @@ def expert_load(interval: xr.Dataset, *, title: str = "Load of each expert, rela
     Returns
     -------
     Figure with two heatmaps of log2(load · E): experts in their own order, and (hidden at first) sorted in each layer.
-    A dot marks a cell whose interval holds 1, a cross an expert that no token went to.
+    A dot marks a cell whose interval holds 1, a cross an expert that no token went to; sorted cells hold their expert's
+    number.
     """
     load, lower, upper = (interval[name].transpose("layer", "expert").values for name in ("load", "lower", "upper"))
     n_experts = load.shape[1]
@@ -57,17 +58,18 @@ def expert_load(interval: xr.Dataset, *, title: str = "Load of each expert, rela
     numbered = n_experts <= parts.NUMBERED_EXPERTS
     text = parts.cell_text(load * n_experts, settled, unused=load == 0, numbered=numbered)
     hover = parts.strings(_load_hover, load, lower, upper, experts)
+    numbers = experts.astype(str).astype(object) if n_experts <= DOTTED_EXPERTS else text
     by_number, by_load = (np.argsort(key, axis=1, kind="stable") for key in (experts, -load))
     figure = go.Figure()
-    for order in (by_number, by_load):
-        z, texts, hovers, numbers = (np.take_along_axis(part, order, 1) for part in (colour, text, hover, experts))
-        cells = parts.layer_cells(interval, z, texts, np.stack([hovers, numbers], axis=-1))
+    for order, labels in ((by_number, text), (by_load, numbers)):
+        z, texts, hovers, codes = (np.take_along_axis(part, order, 1) for part in (colour, labels, hover, experts))
+        cells = parts.layer_cells(interval, z, texts, np.stack([hovers, codes], axis=-1))
         figure.add_trace(go.Heatmap(**cells, x=np.sort(experts[0]), visible=order is by_number))
     figure.update_layout(
         height=parts.rows_height(interval) + 110,
         updatemenus=parts.switch(
-            ("experts by number", {"visible": [True, False]}, {"xaxis.title.text": "expert"}),
-            ("experts by load", {"visible": [False, True]}, {"xaxis.title.text": "experts of each layer by load"}),
+            ("experts by number", {"visible": [True, False]}, _axis("expert", labels=True)),
+            ("experts by load", {"visible": [False, True]}, _axis("each layer's experts by load", labels=False)),
         ),
     )
     parts.colour_ratios(figure, parts.log2(load * n_experts), "load")
@@ -75,6 +77,10 @@ def expert_load(interval: xr.Dataset, *, title: str = "Load of each expert, rela
     figure.update_yaxes(title_text=parts.layer_title(interval))
     figure.update_xaxes(title_text="expert", dtick=parts.tick_step(n_experts), showgrid=False)
     return parts.finish(figure, title, height=figure.layout.height, top=44)
+
+
+def _axis(title: str, *, labels: bool) -> dict[str, object]:
+    return {"xaxis.title.text": title, "xaxis.showticklabels": labels}
 
 
 def _load_hover(load: float, lower: float, upper: float, expert: int) -> str:
@@ -137,7 +143,7 @@ def _add_null(figure: go.Figure, null: xr.DataArray, *, name: str, hover: str) -
 def _add_points(figure: go.Figure, data: xr.Dataset, points: Sequence[np.ndarray], *, form: str) -> None:
     """A point with its interval for each layer, RoPE and NoPE layers apart; ``points`` are value, lower and upper."""
     kinds = parts.attention_kinds(data)
-    hover = parts.strings(lambda value, *ends: form.format(value, parts.bounds(*ends, ".3g")), *points)
+    hover = parts.strings(lambda value, low, high: form.format(value, parts.bounds(low, high, ".3g")), *points)
     for kind, name in parts.KIND_NAMES.items():
         chosen = kinds == kind
         if not chosen.any():
@@ -239,8 +245,8 @@ def specialization(
     """
     names = [str(name) for name in (result["domain"].values if domains is None else domains)][:MAX_PANELS]
     result = result.sel(domain=names).transpose("domain", "layer", "expert")
-    sure = xr.ones_like(result["lift"], bool) if settled is None else settled.sel(domain=names)
-    sure = sure.transpose("domain", "layer", "expert").values
+    certain = xr.ones_like(result["lift"], bool) if settled is None else settled.sel(domain=names)
+    sure = certain.transpose("domain", "layer", "expert").values
     n_experts = result.sizes["expert"]
     n_columns = min(len(names), 3 if n_experts <= DOTTED_EXPERTS else 2)
     heads = [f"<b>{parts.plain(parts.short(name))}</b>" for name in names]

@@ -59,7 +59,7 @@ def times(ratio: float) -> str:
 
 def interval(lower: float, upper: float, scale: float = 1) -> str:
     """An interval for people, such as [36, 46]."""
-    return f"[{digits(scale * lower)}, {digits(scale * upper)}]"
+    return f"[{digits(scale * lower)},\u00a0{digits(scale * upper)}]"
 
 
 def digits(value: float) -> str:
@@ -110,8 +110,8 @@ def specialized_cells(result: xr.Dataset) -> xr.Dataset:
     """
     enough = result["n_documents"] >= MIN_DOCUMENTS
     known = (result["lift_lower"].notnull() & result["lift_upper"].notnull() & enough).sum().item()
-    factor = widening(result.attrs["level"], known, result["n_documents"])
-    factor = xr.DataArray(factor, dims=result["n_documents"].dims).where(enough)
+    widened = widening(result.attrs["level"], known, result["n_documents"].values)
+    factor = xr.DataArray(widened, dims=result["n_documents"].dims).where(enough)
     columns: dict[str, xr.DataArray] = {}
     for name in ("share", "lift"):
         columns[name] = result[name]
@@ -244,14 +244,14 @@ def _preference(cell: xr.Dataset, domain: str, attributes: Mapping[str, float]) 
         f"Both intervals hold at {percent(attributes['level'])} for all {attributes['n_compared']:,} cells (domain, "
         "layer, expert) at once (Bonferroni), since the largest was picked."
     )
-    where = {"domain": domain, "layer": layer, "expert": expert}
+    where: dict[str, int | str] = {"domain": domain, "layer": layer, "expert": expert}
     strength = float(np.log(lift[1]))
     return Finding("specialization", times(lift[0]), text, "domains", *lift, 1.0, strength, detail, where)
 
 
 def _log(ratio: xr.DataArray) -> xr.DataArray:
     """NaN where there is no ratio, or a ratio of 0: that is no evidence of an excess."""
-    return np.log(ratio.where(ratio > 0))
+    return xr.apply_ufunc(np.log, ratio.where(ratio > 0))
 
 
 def _triple(cell: xr.Dataset, name: str) -> tuple[float, float, float]:
@@ -329,7 +329,7 @@ def _repeats(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     result = results["repetition"]
     factor = xr.DataArray(_over_layers(result, results["load_interval"]))
     lower, upper = _widened(result["repetition"], result["lower"], result["upper"], factor)
-    excess = np.fmax(_log(lower / result["null"]), _log(result["null"] / upper))
+    excess = xr.apply_ufunc(np.fmax, _log(lower / result["null"]), _log(result["null"] / upper))
     if not bool((excess > 0).any()):
         return []
     at = int(excess.argmax("layer"))

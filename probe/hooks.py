@@ -20,6 +20,7 @@ import transformers
 import xarray as xr
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from transformers.models.llama4.modeling_llama4 import Llama4TextModel
 
 from probe import __version__, recording, schema, sites, vocabulary
 from probe.dispatch import expert_dispatch_of
@@ -264,9 +265,10 @@ class Recorder:
 
     def _layout(self) -> recording.Layout:
         block = next(iter(self._blocks.values()))
+        no_rope_layers = self._decoder.config.no_rope_layers or []  # 1 where attention is rotary, despite its name
         return recording.Layout(
             layers=list(self._blocks),
-            rope=[bool(self._decoder.layers[layer].self_attn.use_rope) for layer in self._blocks],
+            rope=[bool(no_rope_layers[layer]) for layer in self._blocks],
             n_experts=block.router.weight.shape[0],
             top_k=block.router.top_k,
         )
@@ -379,7 +381,9 @@ def _tokenize(texts: Texts, tokenizer: Any) -> tuple[list[list[int]], list[str]]
             raise RecordingError(
                 f"texts mixes text and other things: number {odd[0]} is a {type(texts[odd[0]]).__name__}"
             )
-        return tokenizer(list(texts))["input_ids"], [_hash(text.encode("utf-8", "surrogatepass")) for text in texts]
+        hashes = [_hash(str(text).encode("utf-8", "surrogatepass")) for text in texts]
+        # verbose=False: a text longer than the tokenizer likes is none of its business here
+        return tokenizer(list(texts), verbose=False)["input_ids"], hashes
     ids = [text.tolist() if isinstance(text, Tensor | np.ndarray) else list(text) for text in texts]
     return ids, [_hash_ids(np.array(sample_ids)) for sample_ids in ids]
 
@@ -398,9 +402,9 @@ def _check_ids(ids: list[list[int]], n_vocabulary: int) -> None:
                 )
 
 
-def _run(decoder: nn.Module, ids: list[list[int]]) -> None:
+def _run(decoder: Llama4TextModel, ids: list[list[int]]) -> None:
     """One forward of the decoder over texts padded on the right."""
-    device = decoder.embed_tokens.weight.device
+    device = decoder.device
     input_ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in ids], batch_first=True).to(device)
     lengths = torch.tensor([len(text) for text in ids], device=device)
     attention_mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -28,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.utils import logging
 
 from probe.dispatch import ExpertDispatch, set_expert_dispatch
 from probe.schema import ProbeError
@@ -101,7 +104,10 @@ def load(
     name = str(name)
     if name in shipped_models():
         with as_file(files("probe") / "assets" / "models" / name) as folder:
-            return _load(str(folder), name, None, dtype or torch.float32, device_map, expert_dispatch, check_weights)
+            with _without_progress_bars():  # a bar for 8 MB is noise
+                return _load(
+                    str(folder), name, None, dtype or torch.float32, device_map, expert_dispatch, check_weights
+                )
     if not Path(name).is_dir() and name.count("/") != 1:
         raise ModelError(
             f"no model {name!r}: it is neither a folder nor a hub id (owner/name), "
@@ -122,7 +128,7 @@ def _load(
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     config = read_config(source, **origin)
     has_vision = isinstance(config, Llama4Config)
-    model_class = Llama4ForConditionalGeneration if has_vision else Llama4ForCausalLM
+    model_class: Any = Llama4ForConditionalGeneration if has_vision else Llama4ForCausalLM
     weights = sorted(Path(source).glob("*.safetensors"))
     if Path(source).is_dir() and not weights:
         raise ModelError(f"{name}: the folder holds no *.safetensors; probe reads no other kind of weights")
@@ -177,7 +183,10 @@ def read_config(source: str, **origin: Any) -> Llama4Config | Llama4TextConfig:
         ) from error
     if not values:
         raise ModelError(f"{source}: found no config.json, so this is not a model's folder")
-    kinds = {"llama4": Llama4Config, "llama4_text": Llama4TextConfig}
+    kinds: dict[str, type[Llama4Config] | type[Llama4TextConfig]] = {
+        "llama4": Llama4Config,
+        "llama4_text": Llama4TextConfig,
+    }
     kind = values.get("model_type")
     if kind not in kinds:
         raise NotLlama4Error(f"{source} is not a Llama 4: its model_type is {kind!r}, expected {' or '.join(kinds)}")
@@ -196,6 +205,17 @@ def refuse_non_finite(model: nn.Module, name: str) -> None:
             f"{name}: {len(broken)} weight tensors hold NaN or infinity, among them {broken[0]}; "
             "every statistic on them would be meaningless (check_weights=False loads them all the same)"
         )
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _sha256(paths: list[Path]) -> str:

@@ -304,15 +304,15 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def _overview(summary: Mapping[str, Any]) -> str:
-    """What was recorded, in one line."""
+def _overview(summary: Mapping[str, Any]) -> list[str]:
+    """What was recorded: the parts of one line."""
     counts, attributes = summary["counts"], summary["recording"]
     amount = f"{_count(counts['tokens'], 'token')} of {_count(counts['documents'], 'document')}"
     if counts["domains"] > 1:
         amount += f" in {counts['domains']} domains"
     router = f"{_count(counts['layers'], 'layer')} of {_count(counts['experts'], 'expert')}, top {attributes['top_k']}"
     where = " on ".join(str(attributes[name]) for name in ("dtype", "device") if attributes[name])
-    return " · ".join(part for part in (amount, router, where, _date(str(attributes["created_at"]))) if part)
+    return [part for part in (amount, router, where, _date(str(attributes["created_at"]))) if part]
 
 
 def _date(created_at: str) -> str:

@@ -170,7 +170,8 @@ def _transitions(result: xr.Dataset) -> Section:
         anchor="transitions",
         title=title,
         reading="Each panel is one step from a layer (rows) to the next (columns); orange pairs share more tokens "
-        f"than they would if the layers chose independently. Grey: fewer than {findings.MIN_EXPECTED} tokens expected.{more}",
+        "than they would if the layers chose independently. Grey: fewer than "
+        f"{findings.MIN_EXPECTED} tokens expected.{more}",
         definition="Lift is P(next expert | expert) over the next expert's share of all tokens, first choices only; 1 "
         "is independence. Experts' numbers are arbitrary in every layer: a diagonal has no meaning.",
         source="Yao et al. 2024 (ExFlow), arXiv 2401.08383",
@@ -224,7 +225,7 @@ def _layer_by_expert(caption: str, values: xr.DataArray) -> list[Table]:
     if values.size > LARGEST_TABLE:
         return []
     rows = [[layer_name(values, at), *map(_number, row)] for at, row in enumerate(values.values)]
-    return [Table(caption, ["layer", *(f"expert {number}" for number in values["expert"].values)], rows)]
+    return [Table(caption, ["layer \\ expert", *map(str, values["expert"].values)], rows)]
 
 
 def _number(value: float) -> str:

@@ -141,7 +141,8 @@ def dataset(name: str, arrays: Mapping[str, Any], categories: Mapping[str, Seque
     SchemaError
         For a name that is not in the schema.
     """
-    variables, coords = {}, {}
+    variables: dict[str, Any] = {}
+    coords: dict[str, Any] = {}
     for key, values in arrays.items():
         if key not in GROUPS[name]:
             raise SchemaError(f"/{name} has no variable {key!r}: known are {', '.join(GROUPS[name])}")
@@ -268,7 +269,7 @@ def _consistency_faults(recording: xr.DataTree) -> list[str]:
     counted = samples["expert_count"].sum(["sample", "expert"]).values
     if not np.all(counted == n_rows * routing.sizes["slot"]):
         faults.append("/samples/expert_count does not add up to the rows of /routing")
-    known = recording["vocabulary"]["token_id"].values
+    known = recording["vocabulary"].to_dataset()["token_id"].values
     if missing := np.setdiff1d(routing["token_id"].values, known).tolist():
         faults.append(f"/vocabulary lacks token ids {missing[:5]}")
     return faults

@@ -296,7 +296,7 @@ def hover_text(shown: Document, at: int, index: int) -> str:
     for expert, logit in zip(shown.expert[at, index], shown.logit[at, index].astype(float), strict=True):
         lines.append(f"expert {expert} · gate {1 / (1 + np.exp(-logit)):.3f}")
     if shown.runner_up is not None:
-        lines.append(f"runner-up {shown.runner_up[at, index]} · margin {float(shown.margin[at, index]):.2f} logits")
+        lines.append(f"runner-up {shown.runner_up[at, index]} · margin {float(shown.margin[at, index]):.3g} logits")
     return "\n".join(lines)
 
 
@@ -380,9 +380,10 @@ def view_html(documents: Sequence[Document], *, layer: int | None = None) -> str
     first = documents[0]
     layer = first.layers[len(first.layers) // 2] if layer is None else layer
     at = _layer_position(first, layer)
+    labels = [layer_label(number, nope) for number, nope in zip(first.layers, first.nope, strict=True)]
     data = {
         "layers": first.layers,
-        "labels": [layer_label(number, nope) for number, nope in zip(first.layers, first.nope, strict=True)],
+        "labels": labels,
         "nExperts": first.n_experts,
         "slots": int(first.expert.shape[-1]),
         "colours": len(PALETTE),
@@ -397,7 +398,7 @@ def view_html(documents: Sequence[Document], *, layer: int | None = None) -> str
         '<div class="probe-text">'
         f'<div class="probe-controls">{_document_select(documents)}'
         f'<label class="grow">Layer <input type="range" class="layer" min="0" max="{len(first.layers) - 1}" step="1" '
-        f'value="{at}"><output>{escape(data["labels"][at])}</output></label>'
+        f'value="{at}"><output>{escape(labels[at])}</output></label>'
         '<label><input type="checkbox" class="numbers"> expert numbers</label></div>'
         f"{legend_html(first, layer=layer)}"
         f'<div class="probe-box" tabindex="0" role="group" aria-label="text of the document">{"".join(bodies)}</div>'

@@ -20,8 +20,10 @@ import plotly.graph_objects as go
 import traitlets
 import xarray as xr
 
-from probe import figures, schema, text_view
+from probe import schema, text_view
 from probe.bootstrap import Bootstrap, share
+from probe.figure_parts import GRID_COLOUR, INK, TEMPLATE, tick_step
+from probe.findings import percent
 from probe.schema import ProbeError
 
 TEXT_BYTES = 4_000_000
@@ -34,10 +36,10 @@ TOKENS_STATIC = 500
 """Tokens that stay readable in a saved notebook where no widget can run."""
 
 LEVEL = 0.95
-INK = "#7b818c"
-"""Colour of text in figures, readable on a white and on a dark page: a notebook does not tell which it is."""
 
 PLOTLY_MIMETYPE = "application/vnd.plotly.v1+json"
+FIGURE_CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage"]]}
+
 _ASSETS = Path(__file__).parent / "assets" / "widgets"
 
 
@@ -70,7 +72,7 @@ class TextView(anywidget.AnyWidget):
     ``documents`` names all documents for the choice, ``view`` is the HTML of the one that is ``sample``.
     """
 
-    documents = traitlets.List().tag(sync=True)
+    documents: traitlets.List[Any] = traitlets.List().tag(sync=True)
     view = traitlets.Unicode().tag(sync=True)
     sample = traitlets.Int().tag(sync=True)
     layer = traitlets.Int().tag(sync=True)
@@ -90,8 +92,8 @@ class TextView(anywidget.AnyWidget):
 class Explorer(ipywidgets.VBox):
     """What :func:`explore` shows: the text above, the load of its experts below.
 
-    ``sample`` is an index into ``/samples``, ``layer`` the decoder's own index of a layer. Both are traits: setting them
-    changes what is on show, and they change when someone moves the controls.
+    ``sample`` is an index into ``/samples``, ``layer`` the decoder's own index of a layer. Both are traits: set them to
+    change what is on show, observe them to hear when someone moves the controls.
     """
 
     sample = traitlets.Int()
@@ -143,7 +145,8 @@ class Explorer(ipywidgets.VBox):
     def _show_load(self) -> None:
         """Draw the figure anew: an Output keeps it in the widget's state, where no kernel is needed to see it."""
         figure = load_figure(load_here(self._samples, self.sample, self.layer), colours=self._colours())
-        data = {PLOTLY_MIMETYPE: json.loads(figure.to_json()), "text/plain": figure.layout.title.text}
+        drawing = json.loads(figure.to_json()) | {"config": FIGURE_CONFIG}
+        data = {PLOTLY_MIMETYPE: drawing, "text/plain": figure.layout.title.text}
         self._figure.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
     def _colours(self) -> list[str]:
@@ -191,7 +194,8 @@ def load_here(samples: xr.Dataset, sample: int, layer: int) -> xr.Dataset:
     Returns
     -------
     Dataset (expert) of ``here`` and ``overall``, shares of assignments (units "1"), and ``lower`` and ``upper``, the
-    95 % interval of ``overall`` that resamples documents; NaN where there is no token, or only one document.
+    95 % interval of ``overall`` that resamples documents; NaN where there is no token, or only one document. ``top_k``
+    among the attributes is how many assignments a token makes.
     """
     counts = samples["expert_count"].sel(layer=layer).transpose("sample", "expert").values.astype(np.int64)
     filled = counts[counts.sum(axis=1) > 0]
@@ -201,7 +205,11 @@ def load_here(samples: xr.Dataset, sample: int, layer: int) -> xr.Dataset:
     return xr.Dataset(
         {name: ("expert", values, {"units": "1"}) for name, values in columns.items()},
         coords={"expert": samples["expert"].values, "layer": layer, "attention_kind": str(kind)},
-        attrs={"level": LEVEL, "n_documents": len(filled)},
+        attrs={
+            "level": LEVEL,
+            "n_documents": len(filled),
+            "top_k": int(counts.sum() // max(int(samples["n_tokens"].sum()), 1)),
+        },
     )
 
 
@@ -213,31 +221,54 @@ def load_figure(result: xr.Dataset, *, colours: Sequence[str]) -> go.Figure:
     result : from :func:`load_here`.
     colours : one for each expert.
     """
-    here, overall, lower, upper = (100 * result[name].values for name in ("here", "overall", "lower", "upper"))
-    experts = result["expert"].values
-    figure = go.Figure(
-        go.Bar(
-            x=experts, y=here, name="this document", marker=dict(color=list(colours), line_width=0), opacity=0.8,
-            hovertemplate="expert %{x}<br>this document %{y:.1f} %<extra></extra>", showlegend=False,
-        )
-    )  # fmt: skip
+    n_experts = result.sizes["expert"]
+    figure = go.Figure(_load_bars(result, colours))
     if result.attrs["n_documents"] > 1:
-        hover = [f"{value:.1f} % [{low:.1f}, {high:.1f}]" for value, low, high in zip(overall, lower, upper, strict=True)]
-        figure.add_trace(
-            go.Scatter(
-                x=experts, y=overall, mode="markers", name=f"whole recording, {LEVEL:.0%} interval over documents",
-                marker=dict(symbol="line-ew", size=14, line=dict(width=2.5, color=INK)),
-                error_y=dict(type="data", symmetric=False, array=upper - overall, arrayminus=overall - lower, thickness=1.5, width=0, color=INK),
-                customdata=hover, hovertemplate="expert %{x}<br>whole recording %{customdata}<extra></extra>", showlegend=True,
-            )
-        )  # fmt: skip
+        figure.add_trace(_load_marks(result))
     figure.update_layout(
-        template=figures.TEMPLATE, title_text=_load_title(result), height=290, font_color=INK, bargap=0.15,
-        margin=dict(t=66, b=46, l=56, r=12), autosize=True,
+        template=TEMPLATE, title_text=_load_title(result), height=290, bargap=0.15,
+        margin={"t": 66, "b": 46, "l": 56, "r": 12}, autosize=True,
     )  # fmt: skip
-    figure.update_xaxes(title_text="expert", dtick=1 if len(experts) <= 32 else 8, showgrid=False, range=[-0.6, len(experts) - 0.4])
-    figure.update_yaxes(title_text="share of assignments (%)", showgrid=True, gridcolor=figures.GRID_COLOUR, rangemode="tozero")
+    figure.update_xaxes(title_text="expert", dtick=tick_step(n_experts), showgrid=False, range=[-0.6, n_experts - 0.4])
+    share_of = "tokens" if result.attrs["top_k"] == 1 else "assignments"
+    figure.update_yaxes(title_text=f"share of {share_of} (%)", showgrid=True, gridcolor=GRID_COLOUR, rangemode="tozero")
     return figure
+
+
+def _load_bars(result: xr.Dataset, colours: Sequence[str]) -> go.Bar:
+    return go.Bar(
+        x=result["expert"].values,
+        y=100 * result["here"].values,
+        marker={"color": list(colours), "line": {"width": 0}},
+        opacity=0.8,
+        showlegend=False,
+        hovertemplate="expert %{x}<br>this document %{y:.1f} %<extra></extra>",
+    )
+
+
+def _load_marks(result: xr.Dataset) -> go.Scatter:
+    """A short line for the whole recording's load, with its interval."""
+    overall, lower, upper = (100 * result[name].values for name in ("overall", "lower", "upper"))
+    hover = [f"{value:.1f} % [{low:.1f}, {high:.1f}]" for value, low, high in zip(overall, lower, upper, strict=True)]
+    return go.Scatter(
+        x=result["expert"].values,
+        y=overall,
+        mode="markers",
+        name=f"whole recording, {result.attrs['level']:.0%} interval over documents",
+        showlegend=True,
+        marker={"symbol": "line-ew", "size": 24 if len(overall) <= 32 else 6, "line": {"width": 2.5, "color": INK}},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": upper - overall,
+            "arrayminus": overall - lower,
+            "thickness": 1.5,
+            "width": 0,
+            "color": INK,
+        },
+        customdata=hover,
+        hovertemplate="expert %{x}<br>whole recording %{customdata}<extra></extra>",
+    )
 
 
 def _load_title(result: xr.Dataset) -> str:
@@ -248,11 +279,11 @@ def _load_title(result: xr.Dataset) -> str:
         return f"{name}: this document holds no token"
     if result.attrs["n_documents"] < 2:
         busiest = int(here.argmax())
-        return f"{name}: expert {result['expert'].values[busiest]} takes {here[busiest]:.0%} of this document"
+        return f"{name}: expert {result['expert'].values[busiest]} takes {percent(here[busiest])} of this document"
     favoured = int((here - overall).argmax())
     return (
-        f"{name}: expert {result['expert'].values[favoured]} takes {here[favoured]:.0%} of this document, "
-        f"{overall[favoured]:.0%} of the whole recording"
+        f"{name}: expert {result['expert'].values[favoured]} takes {percent(here[favoured])} of this document, "
+        f"{percent(overall[favoured])} overall"
     )
 
 

@@ -97,7 +97,7 @@ function probeTextView(root) {
       const logit = half(shown.logit[at * data.slots + slot]);
       lines.push("expert " + shown.expert[at * data.slots + slot] + " · gate " + (1 / (1 + Math.exp(-logit))).toFixed(3));
     }
-    if (shown.runnerUp) lines.push("runner-up " + shown.runnerUp[at] + " · margin " + half(shown.margin[at]).toFixed(2) + " logits");
+    if (shown.runnerUp) lines.push("runner-up " + shown.runnerUp[at] + " · margin " + Number(half(shown.margin[at]).toPrecision(3)) + " logits");
     lines.push("layer " + data.labels[state.layer] + " · token " + index);
     const name = document.createElement("b");
     name.textContent = token.textContent ? JSON.stringify(token.textContent) : "part of a character";
