@@ -51,7 +51,11 @@ class Shipped:
 SHIPPED = (
     Shipped("tiny-scout", "tiny-scout", "16 experts in every layer, top-1 and a shared expert, like Scout"),
     Shipped("tiny-maverick", "tiny-maverick", "32 experts in every second layer, dense layers between, like Maverick"),
-    Shipped("tiny-scout-collapsed", "no-balance-0", "tiny-scout trained without a balance loss: about half of its experts are hardly used"),
+    Shipped(
+        "tiny-scout-collapsed",
+        "no-balance-0",
+        "tiny-scout trained without a balance loss: about half of its experts are hardly used",
+    ),
     Shipped("tiny-scout@1", "tiny-scout", "tiny-scout at 1 % of its training", 1),
     Shipped("tiny-scout@5", "tiny-scout", "tiny-scout at 5 % of its training", 5),
     Shipped("tiny-scout@20", "tiny-scout", "tiny-scout at 20 % of its training", 20),
