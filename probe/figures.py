@@ -23,6 +23,7 @@ __all__ = [
     "GRID_COLOUR",
     "MAX_PANELS",
     "TEMPLATE",
+    "document_load",
     "expert_load",
     "imbalance",
     "margin",
@@ -90,6 +91,75 @@ def _load_hover(load: float, lower: float, upper: float, expert: int) -> str:
         bound = "" if np.isnan(upper) else f"<br>load ≤ {100 * upper:.2g} %"
         return f"expert {expert}<br>no token seen{bound}"
     return f"expert {expert}<br>load {100 * load:.2f} %{parts.bounds(100 * lower, 100 * upper, '.2f')}"
+
+
+def document_load(result: xr.Dataset, *, colours: Sequence[str], title: str = "Load in this document") -> go.Figure:
+    """Bars of a document's load, one for each expert, and a mark where the whole recording's load lies.
+
+    Parameters
+    ----------
+    result : from ``routing_stats.document_load``.
+    colours : one for each expert.
+    title : drawn above the figure.
+    """
+    n_experts = result.sizes["expert"]
+    figure = go.Figure(_document_bars(result, colours))
+    if result.attrs["n_documents"] > 1:
+        figure.add_trace(_recording_marks(result))
+    figure.update_layout(
+        template=TEMPLATE,
+        title_text=title,
+        height=290,
+        bargap=0.15,
+        margin={"t": 66, "b": 46, "l": 56, "r": 12},
+        autosize=True,
+    )
+    figure.update_xaxes(
+        title_text="expert", dtick=parts.tick_step(n_experts), showgrid=False, range=[-0.6, n_experts - 0.4]
+    )
+    share_of = "tokens" if result.attrs["top_k"] == 1 else "assignments"
+    figure.update_yaxes(title_text=f"share of {share_of} (%)", showgrid=True, gridcolor=GRID_COLOUR, rangemode="tozero")
+    return figure
+
+
+def _document_bars(result: xr.Dataset, colours: Sequence[str]) -> go.Bar:
+    return go.Bar(
+        x=result["expert"].values,
+        y=100 * result["here"].values,
+        marker={"color": list(colours), "line": {"width": 0}},
+        opacity=0.8,
+        showlegend=False,
+        hovertemplate="expert %{x}<br>this document %{y:.1f} %<extra></extra>",
+    )
+
+
+def _recording_marks(result: xr.Dataset) -> go.Scatter:
+    """A short line for the whole recording's load, with its interval."""
+    overall, lower, upper = (100 * result[name].values for name in ("overall", "lower", "upper"))
+    hover = [f"{value:.1f} % [{low:.1f}, {high:.1f}]" for value, low, high in zip(overall, lower, upper, strict=True)]
+    return go.Scatter(
+        x=result["expert"].values,
+        y=overall,
+        mode="markers",
+        name=f"whole recording, {result.attrs['level']:.0%} interval over documents",
+        showlegend=True,
+        marker={
+            "symbol": "line-ew",
+            "size": 24 if len(overall) <= 32 else 6,
+            "line": {"width": 2.5, "color": parts.INK},
+        },
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": upper - overall,
+            "arrayminus": overall - lower,
+            "thickness": 1.5,
+            "width": 0,
+            "color": parts.INK,
+        },
+        customdata=hover,
+        hovertemplate="expert %{x}<br>whole recording %{customdata}<extra></extra>",
+    )
 
 
 def imbalance(result: xr.Dataset, *, title: str = "How uneven each layer is, beside chance") -> go.Figure:
@@ -333,9 +403,8 @@ def transition_panels(n_experts: int) -> int:
 
 
 def _step_name(step: xr.Dataset) -> str:
-    """The two layers of a step; the sign of the second is known where ``next_attention_kind`` is."""
-    nope = schema.labels(step["attention_kind"]) == "nope"
-    next_nope = "next_attention_kind" in step.coords and schema.labels(step["next_attention_kind"]) == "nope"
+    """The two layers of a step, each with its sign."""
+    nope, next_nope = (schema.labels(step[name]) == "nope" for name in ("attention_kind", "next_attention_kind"))
     return f"{layer_label(int(step['layer']), nope)} → {layer_label(int(step['next_layer']), next_nope)}"
 
 

@@ -8,6 +8,7 @@ computes is changed.
 from __future__ import annotations
 
 import hashlib
+import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -276,6 +277,8 @@ class Recorder:
     def _attributes(self) -> dict[str, Any]:
         config = self._decoder.config
         loaded = self._loaded
+        config_values = json.loads(config.to_json_string(use_diff=False))
+        config_values.pop("_name_or_path", None)  # a path of this machine is nobody's business
         attributes = {
             "schema_version": schema.SCHEMA_VERSION,
             "model": loaded.name if loaded else (config.name_or_path or type(self._model).__name__),
@@ -290,7 +293,7 @@ class Recorder:
             "expert_dispatch": expert_dispatch_of(self._model),
             "gate_function": "sigmoid",
             "top_k": self._top_k,
-            "config": config.to_json_string(use_diff=False),
+            "config": json.dumps(config_values, indent=2),
         }
         if loaded and loaded.weights_sha256:
             attributes["weights_sha256"] = loaded.weights_sha256

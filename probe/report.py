@@ -132,10 +132,6 @@ def compute(recording: xr.DataTree, *, step: Callable[[str], None] = lambda name
         result = statistic(recording)
         results[name] = result.to_dataset(name="share") if isinstance(result, xr.DataArray) else result
     routing = schema.group(recording, "routing")
-    next_kind = routing["attention_kind"][1:]
-    results["transition"] = results["transition"].assign_coords(
-        next_attention_kind=("layer", next_kind.values, next_kind.attrs)
-    )
     per_expert = max(TOKEN_CHIPS // (routing.sizes["layer"] * routing.sizes["expert"]), 1)
     results["top_tokens"] = routing_stats.top_tokens(recording, n=min(per_expert, 10))
     return results

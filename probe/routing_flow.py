@@ -78,7 +78,8 @@ def transition(routing: Routing) -> xr.Dataset:
 
     Returns
     -------
-    Dataset (layer, expert, next_expert) over all MoE layers but the last, with the coord ``next_layer`` on ``layer``.
+    Dataset (layer, expert, next_expert) over all MoE layers but the last, with the coords ``next_layer`` and
+    ``next_attention_kind`` on ``layer``.
     ``probability``, units "1", sums to 1 over ``next_expert`` and is NaN where the expert was never a first choice;
     ``count`` is in tokens; ``lift``, units "1", is the probability over the next expert's share of first choices: 1
     where layers are independent, NaN where that share is 0.
@@ -104,8 +105,10 @@ def transition(routing: Routing) -> xr.Dataset:
 
     here = grouped(rows.routing.isel(layer=slice(0, n_steps)))
     layers, experts = rows.routing["layer"].values, rows.routing["expert"].values
+    next_kind = rows.routing["attention_kind"][1:]
     labels = {
         "next_layer": xr.Variable("layer", layers[1:], {"long_name": "next MoE layer", "units": "1"}),
+        "next_attention_kind": xr.Variable("layer", next_kind.values, next_kind.attrs),
         "next_expert": xr.Variable("next_expert", experts, {"long_name": "expert at the next MoE layer", "units": "1"}),
     }
     dims = ("layer", "expert", "next_expert")

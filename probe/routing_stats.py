@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
+from probe import schema
 from probe.bootstrap import Bootstrap, divide, resampled_sums, share
 from probe.counting import count
 from probe.routing_flow import repetition, transition
@@ -20,6 +21,7 @@ from probe.routing_rows import By, Routing, Rows, coords_on, grouped
 from probe.schema import ProbeError
 
 __all__ = [
+    "document_load",
     "expert_load",
     "imbalance",
     "load_interval",
@@ -110,6 +112,57 @@ def load_interval(
             "n_documents": rows.array(n_documents, (), "documents with a token", "document"),
         },
         attrs=bootstrap.attributes,
+    )
+
+
+def document_load(samples: Routing, *, sample: int, layer: int, level: float = 0.95) -> xr.Dataset:
+    """Load of each expert in one document, beside that of the whole recording.
+
+    Parameters
+    ----------
+    samples : the group ``/samples`` with ``expert_count`` (sample, layer, expert), or a recording that holds it.
+    sample : index of the document.
+    layer : the decoder's own index of the layer.
+    level : coverage of the interval.
+
+    Returns
+    -------
+    Dataset (expert) of ``here`` and ``overall``, shares of assignments (units "1"), and ``lower`` and ``upper``, the
+    interval of ``overall`` that resamples documents; NaN where there is no token, or only one document. ``top_k``
+    among the attributes is how many assignments a token makes.
+
+    Raises
+    ------
+    SchemaError
+        If the group or a variable is missing; names it.
+
+    Notes
+    -----
+    N_e / (T·k) as in :func:`expert_load`, of one document and of all.
+    """
+    samples = schema.group(samples, "samples")
+    schema.require(samples, "expert_count", "attention_kind", "n_tokens")
+    counts = samples["expert_count"].sel(layer=layer).transpose("sample", "expert").values.astype(np.int64)
+    filled = counts[counts.sum(axis=1) > 0]
+    lower, upper = (bound[0] for bound in Bootstrap(level).share_interval(filled[:, None, :]))
+    columns = {
+        "here": (share(counts[sample]), "load in the document"),
+        "overall": (share(counts.sum(axis=0)), "load in all documents"),
+        "lower": (lower, "lower bound of the load in all documents"),
+        "upper": (upper, "upper bound of the load in all documents"),
+    }
+    kind = schema.labels(samples["attention_kind"].sel(layer=[layer]))[0]
+    return xr.Dataset(
+        {
+            name: ("expert", values, {"long_name": long_name, "units": "1"})
+            for name, (values, long_name) in columns.items()
+        },
+        coords={"expert": samples["expert"].values, "layer": layer, "attention_kind": str(kind)},
+        attrs={
+            "level": level,
+            "n_documents": len(filled),
+            "top_k": int(counts.sum() // max(int(samples["n_tokens"].sum()), 1)),
+        },
     )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from probe.findings import digits, enough_expected, percent, times
+from probe.text_view import layer_label
 
 
 def layers_in_words(layers: list[int], n_layers: int) -> str:
@@ -29,6 +30,22 @@ def load(result: xr.Dataset) -> str:
     return (
         f"The busiest expert of all is number {int(load['expert'][column])} of layer {int(load['layer'][row])}, "
         f"at {times(ratio[row, column])} an even share"
+    )
+
+
+def document_load(result: xr.Dataset) -> str:
+    """What the figure of one document's load shows: the expert that it uses most, or more than other documents do."""
+    name = f"Layer {layer_label(int(result['layer']), result['attention_kind'].item() == 'nope')}"
+    here, overall = result["here"].values, result["overall"].values
+    if np.isnan(here).all():
+        return f"{name}: this document holds no token"
+    if result.attrs["n_documents"] < 2:
+        busiest = int(here.argmax())
+        return f"{name}: expert {result['expert'].values[busiest]} takes {percent(here[busiest])} of this document"
+    favoured = int((here - overall).argmax())
+    return (
+        f"{name}: expert {result['expert'].values[favoured]} takes {percent(here[favoured])} of this document, "
+        f"{percent(overall[favoured])} overall"
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,10 @@ from typing import Any
 import anywidget
 import ipywidgets
 import numpy as np
-import plotly.graph_objects as go
 import traitlets
 import xarray as xr
 
-from probe import schema, text_view
-from probe.bootstrap import Bootstrap, share
-from probe.figure_parts import GRID_COLOUR, INK, TEMPLATE, tick_step
-from probe.findings import percent
+from probe import figures, routing_stats, schema, text_view, titles
 from probe.schema import ProbeError
 
 TEXT_BYTES = 4_000_000
@@ -34,8 +29,6 @@ TOKENS_SHOWN = 20_000
 
 TOKENS_STATIC = 500
 """Tokens that stay readable in a saved notebook where no widget can run."""
-
-LEVEL = 0.95
 
 PLOTLY_MIMETYPE = "application/vnd.plotly.v1+json"
 FIGURE_CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage"]]}
@@ -144,7 +137,8 @@ class Explorer(ipywidgets.VBox):
 
     def _show_load(self) -> None:
         """Draw the figure anew: an Output keeps it in the widget's state, where no kernel is needed to see it."""
-        figure = load_figure(load_here(self._samples, self.sample, self.layer), colours=self._colours())
+        load = routing_stats.document_load(self._samples, sample=self.sample, layer=self.layer)
+        figure = figures.document_load(load, colours=self._colours(), title=titles.document_load(load))
         drawing = json.loads(figure.to_json()) | {"config": FIGURE_CONFIG}
         data = {PLOTLY_MIMETYPE: drawing, "text/plain": figure.layout.title.text}
         self._figure.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
@@ -179,111 +173,6 @@ def static_html(shown: text_view.Document, *, layer: int) -> str:
         f'<div class="probe-explorer"><style>{style()}</style><div class="probe-text"><p>{escape(heading)}</p>'
         f"{text_view.legend_html(shown, layer=layer)}"
         f'<div class="probe-box">{text_view.tokens_html(shown, layer=layer)}{cut}</div></div></div>'
-    )
-
-
-def load_here(samples: xr.Dataset, sample: int, layer: int) -> xr.Dataset:
-    """Load of each expert in one document, beside that of the whole recording.
-
-    Parameters
-    ----------
-    samples : the group ``/samples`` with ``expert_count`` (sample, layer, expert).
-    sample : index of the document.
-    layer : the decoder's own index of the layer.
-
-    Returns
-    -------
-    Dataset (expert) of ``here`` and ``overall``, shares of assignments (units "1"), and ``lower`` and ``upper``, the
-    95 % interval of ``overall`` that resamples documents; NaN where there is no token, or only one document. ``top_k``
-    among the attributes is how many assignments a token makes.
-    """
-    counts = samples["expert_count"].sel(layer=layer).transpose("sample", "expert").values.astype(np.int64)
-    filled = counts[counts.sum(axis=1) > 0]
-    lower, upper = (bound[0] for bound in Bootstrap(LEVEL).share_interval(filled[:, None, :]))
-    columns = {"here": share(counts[sample]), "overall": share(counts.sum(axis=0)), "lower": lower, "upper": upper}
-    kind = schema.labels(samples["attention_kind"].sel(layer=[layer]))[0]
-    return xr.Dataset(
-        {name: ("expert", values, {"units": "1"}) for name, values in columns.items()},
-        coords={"expert": samples["expert"].values, "layer": layer, "attention_kind": str(kind)},
-        attrs={
-            "level": LEVEL,
-            "n_documents": len(filled),
-            "top_k": int(counts.sum() // max(int(samples["n_tokens"].sum()), 1)),
-        },
-    )
-
-
-def load_figure(result: xr.Dataset, *, colours: Sequence[str]) -> go.Figure:
-    """Bars of a document's load, one for each expert, and a mark where the whole recording's load lies.
-
-    Parameters
-    ----------
-    result : from :func:`load_here`.
-    colours : one for each expert.
-    """
-    n_experts = result.sizes["expert"]
-    figure = go.Figure(_load_bars(result, colours))
-    if result.attrs["n_documents"] > 1:
-        figure.add_trace(_load_marks(result))
-    figure.update_layout(
-        template=TEMPLATE, title_text=_load_title(result), height=290, bargap=0.15,
-        margin={"t": 66, "b": 46, "l": 56, "r": 12}, autosize=True,
-    )  # fmt: skip
-    figure.update_xaxes(title_text="expert", dtick=tick_step(n_experts), showgrid=False, range=[-0.6, n_experts - 0.4])
-    share_of = "tokens" if result.attrs["top_k"] == 1 else "assignments"
-    figure.update_yaxes(title_text=f"share of {share_of} (%)", showgrid=True, gridcolor=GRID_COLOUR, rangemode="tozero")
-    return figure
-
-
-def _load_bars(result: xr.Dataset, colours: Sequence[str]) -> go.Bar:
-    return go.Bar(
-        x=result["expert"].values,
-        y=100 * result["here"].values,
-        marker={"color": list(colours), "line": {"width": 0}},
-        opacity=0.8,
-        showlegend=False,
-        hovertemplate="expert %{x}<br>this document %{y:.1f} %<extra></extra>",
-    )
-
-
-def _load_marks(result: xr.Dataset) -> go.Scatter:
-    """A short line for the whole recording's load, with its interval."""
-    overall, lower, upper = (100 * result[name].values for name in ("overall", "lower", "upper"))
-    hover = [f"{value:.1f} % [{low:.1f}, {high:.1f}]" for value, low, high in zip(overall, lower, upper, strict=True)]
-    return go.Scatter(
-        x=result["expert"].values,
-        y=overall,
-        mode="markers",
-        name=f"whole recording, {result.attrs['level']:.0%} interval over documents",
-        showlegend=True,
-        marker={"symbol": "line-ew", "size": 24 if len(overall) <= 32 else 6, "line": {"width": 2.5, "color": INK}},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": upper - overall,
-            "arrayminus": overall - lower,
-            "thickness": 1.5,
-            "width": 0,
-            "color": INK,
-        },
-        customdata=hover,
-        hovertemplate="expert %{x}<br>whole recording %{customdata}<extra></extra>",
-    )
-
-
-def _load_title(result: xr.Dataset) -> str:
-    """What one sees: the expert that this document uses most, or more than other documents do."""
-    name = f"Layer {text_view.layer_label(int(result['layer']), result['attention_kind'].item() == 'nope')}"
-    here, overall = result["here"].values, result["overall"].values
-    if np.isnan(here).all():
-        return f"{name}: this document holds no token"
-    if result.attrs["n_documents"] < 2:
-        busiest = int(here.argmax())
-        return f"{name}: expert {result['expert'].values[busiest]} takes {percent(here[busiest])} of this document"
-    favoured = int((here - overall).argmax())
-    return (
-        f"{name}: expert {result['expert'].values[favoured]} takes {percent(here[favoured])} of this document, "
-        f"{percent(overall[favoured])} overall"
     )
 
 

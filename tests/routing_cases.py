@@ -10,7 +10,9 @@ from planted import from_experts, from_logits
 
 from probe import routing_stats
 
-STATISTICS = [getattr(routing_stats, name) for name in routing_stats.__all__]
+STATISTICS = [getattr(routing_stats, name) for name in routing_stats.__all__ if name != "document_load"]
+"""Every statistic of ``/routing``; ``document_load`` reads ``/samples`` and is tested with the explorer."""
+
 SPLITTABLE = [function for function in STATISTICS if "by" in inspect.signature(function).parameters]
 RESAMPLING = [function for function in STATISTICS if "n_resamples" in inspect.signature(function).parameters]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from planted import from_experts
 
 from probe import routing_stats
 from probe.bootstrap import Bootstrap, design_effect, divide, resampled_sums, share
+from tests.planted import from_experts
 
 N_EXPERTS, N_DOCUMENTS, LENGTH = 8, 60, 100
 LOAD = np.array([0.3, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_models import SHAPES, random_ids, random_model
 
 import probe
 from probe.dispatch import SparseLlama4TextMoe, expert_dispatch_of, set_expert_dispatch
+from tests.random_models import SHAPES, random_ids, random_model
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -127,7 +127,7 @@ def test_transitions_are_panels_of_lift_and_rare_ones_are_missing():
     result = routing_stats.transition(recorded(n_experts=4, layers=[1, 3, 5]))
     enough = findings.enough_expected(result, least=20)
     figure = figures.transition(result, drawn=enough)
-    assert [annotation.text for annotation in figure.layout.annotations] == ["<b>1 → 3</b>", "<b>3 ◇ → 5</b>"]
+    assert [annotation.text for annotation in figure.layout.annotations] == ["<b>1 → 3 ◇</b>", "<b>3 ◇ → 5</b>"]
     for at, panel in enumerate(figure.data):
         drawn = enough.isel(layer=at).values
         np.testing.assert_allclose(np.asarray(panel.z)[drawn], np.log2(result["lift"].values[at][drawn]), rtol=1e-5)

@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
-from random_models import random_model
 from safetensors.torch import load_file, save_file
 
 import probe
 from probe.models import ModelError, shipped_models
 from probe.sites import NotLlama4Error
+from tests.random_models import random_model
 
 SHIPPED = ["tiny-scout", "tiny-maverick", "tiny-scout-collapsed"] + [f"tiny-scout@{p}" for p in (1, 5, 20, 50)]
 

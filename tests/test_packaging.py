@@ -98,7 +98,9 @@ def test_makefile_names_a_wrong_python_in_one_line(tmp_path):
     old.write_text("#!/bin/sh\ncase $2 in *platform*) echo 3.9.1;; esac\n", "utf-8")
     old.chmod(0o755)
     for python, said in ((old, f"{old} is Python 3.9.1"), ("no-such-python", "there is no no-such-python")):
-        made = subprocess.run(["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+        made = subprocess.run(
+            ["make", "--no-print-directory", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True
+        )
         assert made.returncode == 2
         assert made.stdout == ""
         (line,) = made.stderr.splitlines()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from plain_llama4 import forward as plain_forward
-from random_models import SHAPES, random_ids, random_model
 
 import probe
 from probe import schema
 from probe.dispatch import set_expert_dispatch
 from probe.hooks import RecordingError, RoutingSpec
 from probe.reduction import reduce_router
+from tests.plain_llama4 import forward as plain_forward
+from tests.random_models import SHAPES, random_ids, random_model
 
 EVERYTHING = RoutingSpec(all_logits=True, next_token_loss=True)
 
@@ -182,6 +182,13 @@ def test_outputs_are_bit_identical_while_recording(dispatch):
     for outputs in (during, after):
         assert torch.equal(outputs.logits, before.logits)
         assert all(torch.equal(a, b) for a, b in zip(outputs.hidden_states, before.hidden_states, strict=True))
+
+
+def test_no_path_of_this_machine_is_recorded(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    model = type(random_model()).from_pretrained(tmp_path)
+    trace = probe.record(model, random_ids(4), progress=False)
+    assert str(tmp_path) not in trace.attrs["config"]
 
 
 def hooks_on(model) -> int:

@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import xarray as xr
-from planted import from_experts
-from routing_cases import RESAMPLING, SPLITTABLE, STATISTICS, by_name, random_recording, routing_of, small
 
 from probe import routing_stats, schema, store
 from probe.schema import ProbeError, SchemaError
+from tests.planted import from_experts
+from tests.routing_cases import RESAMPLING, SPLITTABLE, STATISTICS, by_name, random_recording, routing_of, small
 
 
 def variables_of(result) -> dict[str, xr.DataArray]:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import from_experts
-from routing_cases import close, random_recording, routing_of, small, with_phase
 
 from probe import routing_stats
+from tests.planted import from_experts
+from tests.routing_cases import close, random_recording, routing_of, small, with_phase
 
 
 def test_repetition_by_hand():

@@ -8,8 +8,11 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from planted import from_experts, from_logits
-from routing_cases import (
+
+from probe import routing_stats, schema
+from probe.schema import ProbeError
+from tests.planted import from_experts, from_logits
+from tests.routing_cases import (
     RESAMPLING,
     SPLITTABLE,
     by_name,
@@ -21,9 +24,6 @@ from routing_cases import (
     small,
     with_phase,
 )
-
-from probe import routing_stats, schema
-from probe.schema import ProbeError
 
 # Load
 

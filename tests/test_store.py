@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from planted import from_logits
-from random_models import random_ids, random_model
 
 import probe
 from probe import schema
 from probe.hooks import RoutingSpec
 from probe.store import StoreError
+from tests.planted import from_logits
+from tests.random_models import random_ids, random_model
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 
 import probe
-from probe import text_view, widgets
+from probe import routing_stats, text_view, widgets
 from probe.text_view import NEUTRAL, NOPE_SIGN, PALETTE
 from tests import planted
 
@@ -105,7 +105,7 @@ def test_the_choice_names_every_document(maverick):
 
 def test_bars_are_the_documents_load_and_marks_that_of_all(maverick):
     bars, marks = figure_of(probe.explore(maverick, layer=1))["data"]
-    result = widgets.load_here(maverick["samples"].to_dataset(), 0, 1)
+    result = routing_stats.document_load(maverick, sample=0, layer=1)
     np.testing.assert_allclose(result["here"], [0.75, 0.25, 0, 0])
     np.testing.assert_allclose(result["overall"], [3 / 6, 1 / 6, 2 / 6, 0])
     assert (result["lower"] <= result["overall"]).all() and (result["overall"] <= result["upper"]).all()
@@ -136,7 +136,7 @@ def test_of_two_choices_the_first_gives_the_colour_and_both_count():
     experts = np.array([[[0, 1]], [[2, 1]], [[2, 3]]])  # (token, layer, slot)
     explorer = probe.explore(planted.from_experts(experts, n_experts=4, lengths=[3], pieces={0: b"x"}))
     assert tokens_of(explorer._text.view) == [(0, "x"), (2, "x"), (2, "x")]
-    result = widgets.load_here(explorer._samples, 0, 0)
+    result = routing_stats.document_load(explorer._samples, sample=0, layer=0)
     np.testing.assert_allclose(result["here"], np.array([1, 2, 2, 1]) / 6)
 
 
