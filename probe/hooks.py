@@ -7,10 +7,10 @@ computes is changed.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -21,19 +21,18 @@ import transformers
 import xarray as xr
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, Llama4ForConditionalGeneration
 from transformers.models.llama4.modeling_llama4 import Llama4TextModel
 
-from probe import __version__, recording, schema, sites, vocabulary
+from probe import __version__, inputs, recording, schema, sites, vocabulary
 from probe.dispatch import expert_dispatch_of
+from probe.generation import Generation
 from probe.models import LoadedModel
+from probe.recording import RecordingError
 from probe.reduction import next_token_losses, real_tokens, reduce_router
-from probe.schema import ProbeError
 
-Texts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor
-
-
-class RecordingError(ProbeError):
-    """Nothing, or not everything, was recorded, or it was asked for in a way that cannot be right."""
+PADDED_TOKENS = 16_384
+"""Positions, padding included, in one forward of :func:`record`, unless a single text is longer."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,17 @@ class _Forward:
     is_real: Tensor
     cache: Any
     n_past: int
+    past_tokens: list[int]
+    is_decode: bool
     router_outputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _KnownCache:
+    """A cache that the recorder has seen being filled: by which samples, and to what length."""
+
+    samples: np.ndarray
+    length: int
 
 
 class Recorder:
@@ -71,8 +80,10 @@ class Recorder:
     Notes
     -----
     Every row of a batch that starts without a cache is a new sample. A forward that goes on with a cache which the
-    recorder has seen adds to the same samples; with one new token it counts as decode, else as prefill. Padding is told
-    by the attention mask and never stored. Beam search swaps sequences between rows and is refused.
+    recorder has seen adds to the same samples. Inside ``generate()`` whatever comes after the prompt is decode;
+    elsewhere a single new token is. Padding is told by the attention mask, and in ``generate()`` also by the end of a
+    sequence that finished before the others; it is never stored. Beam search and assisted generation, which move or
+    take back what a cache holds, and generation without a cache are refused.
     """
 
     def __init__(
@@ -82,8 +93,8 @@ class Recorder:
         routing: bool | RoutingSpec = True,
         tokenizer: Any = None,
     ) -> None:
-        if routing is False:
-            raise RecordingError("routing=False leaves nothing to record: pass True or a RoutingSpec")
+        if routing is not True and not isinstance(routing, RoutingSpec):
+            raise RecordingError(f"routing={routing!r} leaves nothing to record: pass True or a RoutingSpec")
         self._loaded = model if isinstance(model, LoadedModel) else None
         self._model: nn.Module = model.model if isinstance(model, LoadedModel) else model
         self._tokenizer = tokenizer if tokenizer is not None else getattr(self._loaded, "tokenizer", None)
@@ -93,10 +104,11 @@ class Recorder:
         self._head = sites.output_head(self._model) if self._spec.next_token_loss else None
 
         self._handles: list[Any] = []
-        self._watched_caches: list[Any] = []
-        self._outer_inputs: dict[str, Any] = {}
+        self._own_generate: list[tuple[nn.Module, Any]] = []
+        self._generation: Generation | None = None
+        self._outer_ids: Tensor | None = None
         self._forward: _Forward | None = None
-        self._samples_by_cache: weakref.WeakKeyDictionary[Any, np.ndarray] = weakref.WeakKeyDictionary()
+        self._caches: weakref.WeakKeyDictionary[Any, _KnownCache] = weakref.WeakKeyDictionary()
         self._next_position: list[int] = []
         self._announced: np.ndarray | None = None
         self._row_batches: list[dict[str, np.ndarray]] = []
@@ -106,9 +118,13 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if self._handles:
             raise RecordingError("this recorder is running already: use a second Recorder to nest")
-        decoder, model = self._decoder, self._model
-        if model is not decoder:
-            self._handles.append(model.register_forward_pre_hook(self._on_model_start, with_kwargs=True))
+        decoder = self._decoder
+        for module in self._model.modules():
+            if isinstance(module, Llama4ForConditionalGeneration):
+                self._handles.append(module.register_forward_pre_hook(self._on_model_start, with_kwargs=True))
+            if isinstance(module, GenerationMixin):
+                self._own_generate.append((module, vars(module).get("generate")))
+                setattr(module, "generate", self._watched(module))  # noqa: B010 - its type is the method's
         self._handles.append(decoder.register_forward_pre_hook(self._on_decoder_start, with_kwargs=True))
         for layer, block in self._blocks.items():
             self._handles.append(block.router.register_forward_hook(self._router_hook(layer)))
@@ -119,54 +135,81 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for cache in self._watched_caches:
-            vars(cache).pop("reorder_cache", None)
-        self._watched_caches.clear()
-        self._outer_inputs, self._forward = {}, None
+        for module, generate in self._own_generate:
+            del module.generate
+            if generate is not None:  # that of a recorder around this one
+                module.generate = generate
+        self._own_generate.clear()
+        self._outer_ids, self._forward, self._generation = None, None, None
+
+    def _watched(self, module: Any) -> Callable[..., Any]:
+        """``generate`` of a model, which tells the recorder when it runs, and up to where its prompt goes."""
+        generate = module.generate
+
+        @functools.wraps(generate)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._generation = Generation(module, args, kwargs)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._generation = None
+
+        return watched
 
     def _on_model_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # With images the decoder is handed embeddings only: the ids are seen here and nowhere else.
-        self._outer_inputs = {"input_ids": args[0] if args else None} | kwargs
+        self._outer_ids = kwargs.get("input_ids", args[0] if args else None)
 
     def _on_decoder_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = {"input_ids": args[0] if args else None} | kwargs
-        token_ids = inputs.get("input_ids")
-        if token_ids is None:
-            token_ids = self._outer_inputs.get("input_ids")
+        token_ids = kwargs.get("input_ids", args[0] if args else None)
+        token_ids, self._outer_ids = self._outer_ids if token_ids is None else token_ids, None
         if token_ids is None:
             raise RecordingError("this forward was given inputs_embeds without input_ids: its tokens are unknown")
-        cache = inputs.get("past_key_values")
+        cache = kwargs.get("past_key_values")
         n_past = int(cache.get_seq_length()) if cache is not None else 0
-        is_real = real_tokens(inputs.get("attention_mask"), token_ids, n_past)
-        self._outer_inputs = {}
-        self._forward = _Forward(token_ids, is_real, cache, n_past)
+        attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim != 2:
+            raise RecordingError(
+                f"an attention mask of {attention_mask.ndim} dims does not say which positions are padding: "
+                "pass the one of 2 dims (row, position)"
+            )
+        is_real = real_tokens(attention_mask, token_ids, n_past)
+        past_tokens = [n_past] * len(token_ids)
+        if isinstance(attention_mask, Tensor):
+            past_tokens = attention_mask[:, :n_past].sum(dim=1).tolist()
+        is_decode = n_past > 0 and token_ids.shape[1] == 1
+        if self._generation is not None:
+            is_decode = n_past >= self._generation.n_prompt
+            if is_decode:
+                is_real = is_real & self._generation.unfinished(token_ids)
+        self._forward = _Forward(token_ids, is_real, cache, n_past, past_tokens, is_decode)
 
     def _samples_of(self, forward: _Forward) -> np.ndarray:
         """Samples that the rows of a forward belong to: new ones, or those that its cache was filled with."""
         n_rows = len(forward.token_ids)
-        if forward.n_past and forward.cache in self._samples_by_cache:
-            samples = self._samples_by_cache[forward.cache]
-            if len(samples) != n_rows:
-                raise RecordingError(f"a cache filled by {len(samples)} sequences goes on with {n_rows}")
+        known = self._caches.get(forward.cache) if forward.n_past else None
+        if known is not None:
+            if len(known.samples) != n_rows or known.length != forward.n_past:
+                raise RecordingError(
+                    f"a cache that held {known.length} positions of {len(known.samples)} sequences goes on with "
+                    f"{forward.n_past} of {n_rows}: it was cropped or used outside the recorder"
+                )
             self._continued = True
-            return samples
+            return known.samples
         if self._announced is not None:
             samples, self._announced = self._announced, None
         else:
             samples = np.arange(n_rows) + len(self._next_position)
-        self._next_position += [forward.n_past] * (int(samples.max(initial=-1)) + 1 - len(self._next_position))
+            self._next_position += forward.past_tokens
         return samples
 
-    def _remember(self, cache: Any, samples: np.ndarray) -> None:
-        """Know ``cache`` again when a later forward goes on with it, and refuse to see its rows swapped."""
-        self._samples_by_cache[cache] = samples
-
-        def reorder_cache(beam_index: Tensor) -> None:
-            raise RecordingError("beam search moves sequences between rows: record with num_beams=1")
-
-        if "reorder_cache" not in vars(cache):  # else a recorder around this one watches it already
-            cache.reorder_cache = reorder_cache
-            self._watched_caches.append(cache)
+    def _remember(self, forward: _Forward, samples: np.ndarray, output: Any) -> None:
+        """Know the cache of a forward again when a later one goes on with it."""
+        # It may have been made inside the forward: then only its output names it.
+        outputs = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        for cache in (forward.cache, *outputs):
+            if isinstance(cache, Cache):
+                self._caches[cache] = _KnownCache(samples, int(cache.get_seq_length()))
 
     def _router_hook(self, layer: int) -> Any:
         def keep(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
@@ -185,9 +228,8 @@ class Recorder:
                 f"this model's MoE layers are {', '.join(map(str, self._blocks))}"
             )
         samples = self._samples_of(forward)
-        # The cache may have been made inside this forward: only its output is sure to name it.
-        if (cache := getattr(output, "past_key_values", None)) is not None:
-            self._remember(cache, samples)
+        self._remember(forward, samples, output)
+        self._continued |= self._generation is not None
         with torch.no_grad():
             self._keep(forward, samples, output[0])
 
@@ -197,12 +239,12 @@ class Recorder:
         n_real = forward.is_real.sum(dim=1).tolist()
         first = [self._next_position[sample] for sample in samples]
         position = np.concatenate([np.arange(n) + start for n, start in zip(n_real, first, strict=True)])
-        is_decode = forward.n_past > 0 and forward.token_ids.shape[1] == 1
+        phase = schema.PHASES.index("decode" if forward.is_decode else "prefill")
         rows: dict[str, np.ndarray] = {
             "sample": np.repeat(samples, n_real).astype(np.uint32),
             "position": position.astype(np.uint32),
             "token_id": forward.token_ids[forward.is_real.to(forward.token_ids.device)].cpu().numpy().astype(np.uint32),
-            "phase": np.full(len(position), schema.PHASES.index("decode" if is_decode else "prefill"), np.uint8),
+            "phase": np.full(len(position), phase, np.uint8),
         }
         layer_rows, probability_sums = [], []
         for scores, logits in forward.router_outputs.values():
@@ -212,7 +254,8 @@ class Recorder:
             sums = probability.new_zeros(len(n_real), probability.shape[-1])
             probability_sums.append(sums.index_add_(0, row_of_token.to(sums.device), probability).cpu())
         for name in layer_rows[0]:
-            rows[name] = torch.stack([reduced[name].cpu() for reduced in layer_rows], dim=1).numpy()
+            # numpy stacks, as torch refuses to under CPU autocast
+            rows[name] = np.stack([reduced[name].cpu().numpy() for reduced in layer_rows], axis=1)
         # A sequence that goes on with a cache has targets in another forward: no loss for any recording of such.
         if self._head is not None and not self._continued:
             is_real = forward.is_real.to(hidden_states.device)
@@ -222,7 +265,7 @@ class Recorder:
         for sample, n_new in zip(samples, n_real, strict=True):
             self._next_position[sample] += n_new
         self._row_batches.append(rows)
-        self._probability_batches.append((samples, torch.stack(probability_sums, dim=1).numpy()))
+        self._probability_batches.append((samples, np.stack([sums.numpy() for sums in probability_sums], axis=1)))
 
     @property
     def _top_k(self) -> int:
@@ -241,15 +284,20 @@ class Recorder:
             If no forward ran inside the recorder.
         """
         if not self._row_batches:
-            raise RecordingError("no forward of this model ran inside the recorder: there is nothing to show")
+            raise RecordingError(
+                "no forward of this model was seen inside the recorder, so there is nothing to show (a model that was "
+                "compiled with torch.compile before runs without its hooks: record the model itself)"
+            )
         names = [name for name in self._row_batches[0] if all(name in batch for batch in self._row_batches)]
         rows = {name: np.concatenate([batch[name] for batch in self._row_batches]) for name in names}
         order = np.lexsort((rows["position"], rows["sample"]))
         rows = {name: values[order] for name, values in rows.items()}
         rows["modality"] = np.zeros(len(order), np.uint8)
         n_samples = len(self._next_position)
+        if samples is not None and len(samples) != n_samples:
+            raise RecordingError(f"{n_samples} samples were recorded, but {len(samples)} are described")
         if samples is None:
-            hashes = [_hash_ids(rows["token_id"][rows["sample"] == sample]) for sample in range(n_samples)]
+            hashes = [inputs.hash_ids(rows["token_id"][rows["sample"] == sample]) for sample in range(n_samples)]
             samples = [recording.Sample(f"sample {i}", text_sha256=hashes[i]) for i in range(n_samples)]
         layout = self._layout()
         probability_sum = np.zeros((len(samples), len(layout.layers), layout.n_experts), np.float64)
@@ -302,7 +350,7 @@ class Recorder:
 
 def record(
     model: LoadedModel | nn.Module,
-    texts: str | Texts,
+    texts: str | inputs.Texts,
     *,
     domains: Sequence[str | None] | None = None,
     names: Sequence[str] | None = None,
@@ -321,7 +369,8 @@ def record(
     texts : texts, or token ids as a sequence of sequences or a (text, position) tensor; ids are taken as they are,
         texts get whatever the tokenizer adds (a BOS).
     domains, names : one for each text.
-    batch_size : texts in one forward; texts of like length go together. It changes speed and memory, not the experts.
+    batch_size : texts in one forward at most; texts of like length go together, and long ones in smaller batches. It
+        changes speed and memory, not the experts.
     max_tokens : tokens kept of each text; what is cut is counted in ``/samples/n_cut``.
     routing : True, or a :class:`RoutingSpec` that asks for more.
     progress : show a progress bar.
@@ -336,19 +385,11 @@ def record(
         For arguments that do not fit together, before anything is run.
     """
     recorder = Recorder(model, routing=routing, tokenizer=tokenizer)
-    if isinstance(texts, str):
-        texts = [texts]
     if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
         raise RecordingError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}")
-    if not len(texts):
-        raise RecordingError("there is no text to record: texts is empty")
-    for label, values in (("domains", domains), ("names", names)):
-        if isinstance(values, str) or (values is not None and len(values) != len(texts)):
-            got = f"the string {values!r}" if isinstance(values, str) else len(values)
-            raise RecordingError(f"{label} needs one entry for each of the {len(texts)} texts, got {got}")
-
-    ids, hashes = _tokenize(texts, recorder._tokenizer)
-    _check_ids(ids, recorder._decoder.embed_tokens.num_embeddings)
+    ids, hashes = inputs.token_ids(texts, recorder._tokenizer, recorder._decoder.embed_tokens.num_embeddings)
+    inputs.check_labels("domains", domains, len(ids), optional=True)
+    inputs.check_labels("names", names, len(ids))
     limit = max_tokens if max_tokens is not None else max(map(len, ids))
     samples = [
         recording.Sample(
@@ -367,42 +408,25 @@ def record(
     columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
     with recorder, torch.inference_mode(), Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("", total=sum(map(len, ids)))
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in _batches(order, [len(text) for text in ids], batch_size):
             recorder._announced = np.array(batch)
             _run(recorder._decoder, [ids[i] for i in batch])
             bar.advance(task, sum(len(ids[i]) for i in batch))
     return recorder.trace(samples)
 
 
-def _tokenize(texts: Texts, tokenizer: Any) -> tuple[list[list[int]], list[str]]:
-    """Ids and hash of every text."""
-    if isinstance(texts[0], str):
-        if tokenizer is None:
-            raise RecordingError("texts need a tokenizer: pass tokenizer=, or token ids instead of texts")
-        if odd := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
-            raise RecordingError(
-                f"texts mixes text and other things: number {odd[0]} is a {type(texts[odd[0]]).__name__}"
-            )
-        hashes = [_hash(str(text).encode("utf-8", "surrogatepass")) for text in texts]
-        # verbose=False: a text longer than the tokenizer likes is none of its business here
-        return tokenizer(list(texts), verbose=False)["input_ids"], hashes
-    ids = [text.tolist() if isinstance(text, Tensor | np.ndarray) else list(text) for text in texts]
-    return ids, [_hash_ids(np.array(sample_ids)) for sample_ids in ids]
-
-
-def _check_ids(ids: list[list[int]], n_vocabulary: int) -> None:
-    for text, sample_ids in enumerate(ids):
-        for token_id in sample_ids:
-            if not isinstance(token_id, int):
-                raise RecordingError(
-                    f"token ids must be one sequence of whole numbers for each text, but text {text} holds {token_id!r}"
-                )
-            if not 0 <= token_id < n_vocabulary:
-                raise RecordingError(
-                    f"text {text} holds token id {token_id}, but the model's vocabulary ends at {n_vocabulary - 1}: "
-                    "does this tokenizer belong to this model?"
-                )
+def _batches(order: list[int], lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Texts of like length in batches; ``order`` has the longest first."""
+    batch: list[int] = []
+    for text in order:
+        longest = lengths[batch[0]] if batch else lengths[text]
+        is_full = len(batch) == batch_size or (len(batch) + 1) * longest > PADDED_TOKENS
+        if batch and (is_full or 2 * lengths[text] < longest):
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch
 
 
 def _run(decoder: Llama4TextModel, ids: list[list[int]]) -> None:
@@ -417,11 +441,3 @@ def _run(decoder: Llama4TextModel, ids: list[list[int]]) -> None:
         attention_mask=None if bool(attention_mask.all()) else attention_mask.long(),
         use_cache=False,
     )
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _hash_ids(token_ids: np.ndarray) -> str:
-    return _hash(token_ids.astype("<u4").tobytes())

@@ -14,6 +14,11 @@ import xarray as xr
 
 from probe import schema
 from probe.counting import count
+from probe.schema import ProbeError
+
+
+class RecordingError(ProbeError):
+    """Nothing, or not everything, was recorded, or it was asked for in a way that cannot be right."""
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,11 @@ def real_tokens(attention_mask: Any, token_ids: Tensor, n_past: int) -> Tensor:
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask["full_attention"]
     if attention_mask is None:
-        return torch.ones_like(token_ids, dtype=torch.bool)
+        return torch.ones(token_ids.shape, dtype=torch.bool, device=token_ids.device)
     n_new = token_ids.shape[1]
     if attention_mask.ndim == 2:
         return attention_mask[:, n_past : n_past + n_new].bool()
-    # A mask made for a static cache: a padding key is hidden from the last query, which is always a token.
+    # generate() made it for a static cache: a padding key is hidden from the last query, which is always a token.
     visible = attention_mask[:, 0, -1, n_past : n_past + n_new]
     return visible if visible.dtype == torch.bool else visible == 0
 

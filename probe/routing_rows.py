@@ -115,6 +115,8 @@ def grouped(routing: Routing, by: By = None) -> Rows:
     if lost := [dim for dim in ("token", "layer", "slot", "expert") if dim not in data.dims]:
         raise SchemaError(f"/routing has lost the dim {lost[0]!r}: select with a list, such as sel({lost[0]}=[3])")
     names = () if by is None else (by,) if isinstance(by, str) else tuple(by)
+    if len(set(names)) < len(names):
+        raise SchemaError(f"by={by!r} names a coord twice")
     group = np.zeros(data.sizes["token"], np.int64)
     coords = {}
     for name in names:

@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from probe.counting import count
+
 SCHEMA_VERSION = 1
+
+ROWS_AT_ONCE = 1 << 20
+"""Rows of ``/routing`` that :func:`validate` reads at once."""
 
 NO_DOMAIN = "(none)"
 """What stands in ``domain`` where a text was given none."""
@@ -266,13 +271,24 @@ def _consistency_faults(recording: xr.DataTree) -> list[str]:
     n_experts = routing.sizes["expert"]
     if n_rows and int(routing["expert_index"].max()) >= n_experts:
         faults.append(f"/routing/expert_index goes beyond the {n_experts} experts")
-    counted = samples["expert_count"].sum(["sample", "expert"]).values
-    if not np.all(counted == n_rows * routing.sizes["slot"]):
-        faults.append("/samples/expert_count does not add up to the rows of /routing")
+    elif not faults and not np.array_equal(_counted(routing, len(n_tokens)), samples["expert_count"].values):
+        faults.append("/samples/expert_count does not agree with /routing/expert_index")
     known = recording["vocabulary"].to_dataset()["token_id"].values
     if missing := np.setdiff1d(routing["token_id"].values, known).tolist():
         faults.append(f"/vocabulary lacks token ids {missing[:5]}")
     return faults
+
+
+def _counted(routing: xr.Dataset, n_samples: int) -> np.ndarray:
+    """Assignments (sample, layer, expert), counted block by block, so that a store need not fit into memory."""
+    counts = np.zeros((n_samples, routing.sizes["layer"], routing.sizes["expert"]), np.int64)
+    for start in range(0, routing.sizes["token"], ROWS_AT_ONCE):
+        rows = routing[["expert_index", "sample"]].isel(token=slice(start, start + ROWS_AT_ONCE))
+        sample = rows["sample"].values.astype(np.int64)
+        block = count(rows["expert_index"].values, sample - sample[0], n_codes=int(sample[-1] - sample[0]) + 1,
+                      n_values=routing.sizes["expert"])  # fmt: skip
+        counts[sample[0] : sample[-1] + 1] += block
+    return counts
 
 
 def _listed(dims: Sequence[Hashable]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+import tempfile
 from pathlib import Path
 
 import xarray as xr
@@ -17,35 +18,40 @@ class StoreError(ProbeError):
 
 
 def save(recording: xr.DataTree, path: str | Path) -> Path:
-    """Write a recording as a Zarr v3 store; a store that is there already is replaced once the new one is whole.
+    """Write a recording as a Zarr v3 store; a recording that is there already is replaced once the new one is whole.
 
     Raises
     ------
     SchemaError
         If ``recording`` is not a whole recording.
     StoreError
-        If ``path`` holds something that is not a Zarr store.
+        If ``path`` holds something that is not a recording.
     """
     path = Path(path)
     schema.validate(recording)
-    if path.exists() and not (path / "zarr.json").exists():
-        raise StoreError(f"{path} exists and is not a Zarr store: choose another path, or move it away")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    recording.to_zarr(unfinished, mode="w", zarr_format=3, consolidated=False)
-    shutil.rmtree(path, ignore_errors=True)
-    unfinished.rename(path)
+    place = path.resolve()  # a link stays a link
+    if place.exists() and not _is_recording(place):
+        raise StoreError(f"{path} exists and is not a recording: choose another path, or move it away")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{place.name}.", suffix=".unfinished", dir=place.parent) as unfinished:
+        new, old = Path(unfinished, "new"), Path(unfinished, "old")
+        # Empty chunks are written too: one that is missing then means that the store is damaged.
+        recording.to_zarr(new, mode="w", zarr_format=3, consolidated=False, write_empty_chunks=True)
+        if place.exists():
+            place.rename(old)
+        new.rename(place)
     return path
 
 
 def open(path: str | Path) -> xr.DataTree:  # noqa: A001 - the public name is probe.open
-    """Open a store written by :func:`save`; arrays are read when they are used.
+    """Open a store written by :func:`save`.
+
+    Arrays are read when they are used: load the recording (``.load()``) before another one is saved over its path.
 
     Raises
     ------
     StoreError
-        If ``path`` is not a Zarr store.
+        If ``path`` is not a Zarr store, or if chunks of it are missing or damaged.
     SchemaError
         If the store is not a whole recording: foreign, truncated, or of another schema version.
     """
@@ -54,7 +60,27 @@ def open(path: str | Path) -> xr.DataTree:  # noqa: A001 - the public name is pr
         raise StoreError(f"no store at {path}")
     try:
         recording = xr.open_datatree(path, engine="zarr", consolidated=False, chunks={})
-    except (FileNotFoundError, ValueError, KeyError, zarr.errors.BaseZarrError) as error:
+        if damaged := _missing_chunks(path):
+            raise StoreError(f"{path} is damaged: chunks are missing from {', '.join(damaged)}")
+        schema.validate(recording)
+    except (OSError, ValueError, KeyError, RuntimeError, zarr.errors.BaseZarrError) as error:
         raise StoreError(f"{path} is not a Zarr store that probe can read: {error}") from error
-    schema.validate(recording)
     return recording
+
+
+def _is_recording(path: Path) -> bool:
+    """Whether the root of a recording lies here."""
+    metadata = path / "zarr.json"
+    if not metadata.is_file():
+        return False
+    try:
+        return "schema_version" in json.loads(metadata.read_text("utf-8")).get("attributes", {})
+    except ValueError:
+        return False
+
+
+def _missing_chunks(path: Path) -> list[str]:
+    """Arrays of which not every chunk is there."""
+    root = zarr.open_group(path, mode="r")
+    arrays = {name: node for name, node in root.members(max_depth=None) if isinstance(node, zarr.Array)}
+    return sorted(f"/{name}" for name, array in arrays.items() if array.nchunks_initialized < array.nchunks)

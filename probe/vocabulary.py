@@ -12,7 +12,7 @@ def pieces(tokenizer: Any, token_ids: Sequence[int]) -> dict[int, bytes]:
     """Bytes of each token id; of a special token its name, and ``[id]`` where there is no tokenizer or no such id.
 
     Llama 4's tokenizer is a byte-level BPE: its tokens are runs of bytes, written with one printable character for each
-    byte, and may end inside a character.
+    byte, and may end inside a character. Tokens of another kind of tokenizer stand as it writes them.
     """
     if tokenizer is None:
         return {token_id: f"[{token_id}]".encode() for token_id in token_ids}
@@ -24,6 +24,8 @@ def pieces(tokenizer: Any, token_ids: Sequence[int]) -> dict[int, bytes]:
             found[token_id] = added[token_id].encode()
         elif token is None:
             found[token_id] = f"[{token_id}]".encode()
-        else:
+        elif all(character in byte_of for character in token):
             found[token_id] = bytes(byte_of[character] for character in token)
+        else:  # not a byte-level tokenizer
+            found[token_id] = token.encode()
     return found

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import probe
 from probe import schema
 from probe.dispatch import set_expert_dispatch
-from probe.hooks import RecordingError, RoutingSpec
+from probe.hooks import RoutingSpec, _batches
+from probe.recording import RecordingError
 from probe.reduction import reduce_router
 from tests.plain_llama4 import forward as plain_forward
 from tests.random_models import SHAPES, random_ids, random_model
@@ -142,6 +147,13 @@ def test_top_k_of_all_experts_has_no_runner_up():
     trace = probe.record(random_model(num_local_experts=3, num_experts_per_tok=3), random_ids(6), progress=False)
     assert "runner_up_index" not in trace["routing"]
     assert np.isnan(trace["routing"]["router_margin"].values).all()
+
+
+def test_batches_hold_texts_of_like_length():
+    lengths = [20_000, 9_000, 8_000, 7_000, 100, 90, 40, 5, 1]
+    batches = list(_batches(list(range(9)), lengths, batch_size=2))
+    assert batches == [[0], [1], [2, 3], [4, 5], [6], [7], [8]]
+    assert list(_batches([], [], batch_size=8)) == []
 
 
 def test_two_hundred_and_fifty_six_experts_need_sixteen_bits():
@@ -284,12 +296,131 @@ def test_a_cache_made_by_the_forward_itself_is_known_again():
     assert schema.labels(trace["routing"]["phase"]).tolist() == ["prefill"] * 12
 
 
-def test_beam_search_is_refused_and_the_cache_left_alone():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_beams=2), "num_beams=1"),
+        (dict(prompt_lookup_num_tokens=3), "without an assistant"),
+        (dict(use_cache=False), "use_cache=True"),
+        (dict(generation_config=GenerationConfig(num_beams=3)), "num_beams=1"),
+    ],
+)
+def test_generation_that_cannot_be_told_apart_is_refused_and_then_runs_again(options, message):
     model = random_model()
     prompt = torch.tensor(random_ids(5))
-    with pytest.raises(RecordingError, match="num_beams=1"), probe.Recorder(model):
-        model.generate(prompt, num_beams=2, max_new_tokens=3)
-    model.generate(prompt, num_beams=2, max_new_tokens=3)
+    with pytest.raises(probe.ProbeError, match=message), probe.Recorder(model):
+        model.generate(prompt, max_new_tokens=3, **options)
+    assert "generate" not in vars(model)
+    model.generate(prompt, max_new_tokens=3, **options)
+
+
+def test_nested_recorders_leave_generate_as_it_was():
+    model = random_model()
+    prompt = torch.tensor(random_ids(5))
+    with probe.Recorder(model) as outer:
+        with probe.Recorder(model) as inner:
+            model.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        model.generate(prompt, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    assert "generate" not in vars(model)
+    assert inner.trace()["samples"]["n_tokens"].values.tolist() == [8]
+    assert outer.trace()["samples"]["n_tokens"].values.tolist() == [8, 6]
+
+
+def test_a_sequence_that_finished_first_is_not_padded_on():
+    model = random_model()
+    prompt = torch.tensor(random_ids(6, 6, seed=3))
+    free = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    end = int(free[0, 8])
+    assert end not in free[1, 6:-1], "the other row must go on for this test to mean anything"
+    with probe.Recorder(model) as recorder:
+        out = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=0)
+    first, second = (routing_of(recorder.trace(), sample)["token_id"].values.tolist() for sample in (0, 1))
+    length = out[0].tolist().index(end, 6) + 1
+    assert out[0, length:].tolist() == [0] * (out.shape[1] - length)
+    assert first == out[0, :length].tolist()
+    assert second == out[1, :-1].tolist()
+
+
+def test_a_prompt_in_chunks_is_prefill_to_its_last_token():
+    model = random_model()
+    with probe.Recorder(model) as recorder:
+        model.generate(
+            torch.tensor(random_ids(10)), max_new_tokens=4, do_sample=False, eos_token_id=None, prefill_chunk_size=3
+        )
+    phase = schema.labels(recorder.trace()["routing"]["phase"]).tolist()
+    assert phase == ["prefill"] * 10 + ["decode"] * 3
+
+
+def test_a_cache_that_was_cropped_is_refused():
+    model = random_model(attention_chunk_size=64)
+    ids = torch.tensor(random_ids(12))
+    with torch.no_grad(), pytest.raises(RecordingError, match="cropped or used outside"), probe.Recorder(model):
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        cache.crop(-3)
+        model(ids[:, 3:], past_key_values=cache)
+
+
+def test_a_cache_filled_before_with_padding_starts_at_the_tokens_it_holds():
+    model = random_model()
+    ids = torch.tensor(random_ids(7, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+        with probe.Recorder(model) as recorder:
+            model(ids[:, 6:], attention_mask=mask, past_key_values=cache)
+    assert recorder.trace()["routing"]["position"].values.tolist() == [3, 6]
+
+
+def test_tuple_outputs_of_the_decoder_keep_a_sequence_together():
+    model = random_model()
+    ids = torch.tensor(random_ids(12))
+    with torch.no_grad(), probe.Recorder(model.model) as recorder:
+        outputs = model.model(ids[:, :8], use_cache=True, return_dict=False)
+        model.model(ids[:, 8:], past_key_values=outputs[1], return_dict=False)
+    assert recorder.trace()["samples"]["n_tokens"].values.tolist() == [12]
+
+
+def test_a_wrappers_own_arguments_are_not_taken_for_token_ids():
+    inner = random_model()
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, labels, batch):
+            return self.inner(**batch)
+
+    wrapper, ids = Wrapper(), torch.tensor(random_ids(8))
+    with torch.no_grad(), probe.Recorder(wrapper) as recorder:
+        wrapper(torch.full((1, 8), 7), {"input_ids": ids})
+    assert recorder.trace()["routing"]["token_id"].values.tolist() == ids[0].tolist()
+
+
+def test_a_mask_of_four_dims_is_refused():
+    model = random_model()
+    mask = torch.tril(torch.ones(1, 1, 8, 8)).bool()
+    with pytest.raises(RecordingError, match="4 dims"), probe.Recorder(model):
+        model(torch.tensor(random_ids(8)), attention_mask=mask)
+
+
+def test_recording_works_under_autocast():
+    model = random_model()
+    ids = torch.tensor(random_ids(8))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(ids).logits
+        with probe.Recorder(model, routing=EVERYTHING) as recorder:
+            assert torch.equal(model(ids).logits, before)
+    assert recorder.trace()["samples"]["n_tokens"].values.tolist() == [8]
+
+
+def test_no_cache_is_kept_alive():
+    model = random_model()
+    with torch.no_grad(), probe.Recorder(model):
+        cache = weakref.ref(model(torch.tensor(random_ids(12)), use_cache=True).past_key_values)
+        gc.collect()
+        assert cache() is None
 
 
 def test_works_on_the_decoder_alone_and_on_the_image_and_text_model():
@@ -339,6 +470,12 @@ def test_recording_in_training_leaves_the_gradients_alone():
         (dict(texts=[[3, 4]], batch_size=0), "at least 1"),
         (dict(texts=[[3, 4]], max_tokens=0), "at least 1"),
         (dict(texts=[[3, 4.5]]), "whole numbers"),
+        (dict(texts=[3, 4]), "one sequence of token ids for each text"),
+        (dict(texts=torch.tensor([3, 4])), "one sequence of token ids for each text"),
+        (dict(texts={"input_ids": [[3, 4]]}), "input_ids"),
+        (dict(texts=[[3, 4]], domains=[7]), "domains .* 7"),
+        (dict(texts=[[3, 4]], names=["\ud800"]), "names cannot be written as UTF-8"),
+        (dict(texts=[[3, 4]], routing="all"), "'all'"),
         (dict(texts=[[3, 160]]), "160"),
         (dict(texts=[[3, -1]]), "-1"),
         (dict(texts=[[3, 4]], routing=False), "nothing to record"),
@@ -349,6 +486,39 @@ def test_bad_input_is_refused_before_anything_runs(arguments, message):
     model.model.register_forward_pre_hook(lambda module, args: pytest.fail("the model ran"))
     with pytest.raises(RecordingError, match=message):
         probe.record(model, progress=False, **arguments)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([[3, 4, 5]]),
+        [np.array([3, 4, 5])],
+        [[np.int64(3), np.uint8(4), 5]],
+        [[torch.tensor(3), 4, 5]],
+        ((3, 4, 5),),
+    ],
+)
+def test_token_ids_may_come_in_any_container(ids):
+    trace = probe.record(random_model(), ids, progress=False)
+    assert trace["routing"]["token_id"].values.tolist() == [3, 4, 5]
+
+
+def test_texts_may_come_from_a_generator_and_odd_ones_are_named():
+    lm = probe.load("tiny-scout")
+    assert probe.record(lm, (text for text in ("a", "b")), progress=False)["samples"].sizes["sample"] == 2
+    with pytest.raises(RecordingError, match="text 1 cannot be written as UTF-8"):
+        probe.record(lm, ["fine", "\ud800"], progress=False)
+
+
+def test_a_tokenizer_that_is_not_byte_level_still_shows_its_tokens():
+    class Words:
+        added_tokens_decoder = {}
+
+        def convert_ids_to_tokens(self, ids):
+            return ["▁word" for _ in ids]
+
+    trace = probe.record(random_model(), [[3, 4]], tokenizer=Words(), progress=False)
+    assert schema.pieces(trace["vocabulary"].to_dataset())[3] == "▁word".encode()
 
 
 def test_nothing_recorded_and_embeddings_alone_say_so():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -55,9 +57,45 @@ def test_saving_again_replaces_the_old_store(trace, tmp_path):
 def test_what_is_not_a_store_is_not_overwritten(trace, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("irreplaceable")
-    with pytest.raises(StoreError, match="is not a Zarr store"):
+    with pytest.raises(StoreError, match="is not a recording"):
         probe.save(trace, tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "irreplaceable"
+
+
+def test_a_group_inside_a_store_and_a_folder_that_looks_unfinished_are_left_alone(trace, tmp_path):
+    path = probe.save(trace, tmp_path / "run.zarr")
+    with pytest.raises(StoreError, match="is not a recording"):
+        probe.save(trace, path / "routing")
+    (tmp_path / "run.zarr.unfinished").mkdir()
+    (tmp_path / "run.zarr.unfinished" / "note.txt").write_text("mine")
+    probe.save(probe.open(path), path)
+    assert (tmp_path / "run.zarr.unfinished" / "note.txt").read_text() == "mine"
+    assert probe.open(path).load().identical(trace)
+
+
+def test_saving_through_a_link_replaces_what_it_points_to(trace, tmp_path):
+    path = probe.save(trace, tmp_path / "run.zarr")
+    (tmp_path / "latest").symlink_to(path)
+    shorter = probe.record(random_model(), random_ids(2), progress=False)
+    probe.save(shorter, tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink()
+    assert probe.open(path).load().identical(shorter)
+
+
+@pytest.mark.parametrize("array", ["routing/expert_index", "routing/router_margin", "routing/position", "samples/name"])
+def test_a_missing_chunk_is_noticed(trace, tmp_path, array):
+    path = probe.save(trace, tmp_path / "run.zarr")
+    shutil.rmtree(path / array / "c")
+    with pytest.raises(StoreError, match=f"chunks are missing from /{array}"):
+        probe.open(path)
+
+
+def test_a_chunk_cut_short_is_noticed(trace, tmp_path):
+    path = probe.save(trace, tmp_path / "run.zarr")
+    chunk = next(file for file in (path / "routing" / "expert_index" / "c").rglob("*") if file.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-5])
+    with pytest.raises(StoreError):
+        probe.open(path)
 
 
 def test_no_store_and_no_zarr_say_so(tmp_path):
