@@ -6,7 +6,6 @@ that probe raises on purpose ends as one message and exit status 2.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -97,7 +96,9 @@ def report(
     ] = None,
 ) -> None:
     """Record a model's routing on a corpus and write the report: HTML, tables and the recording itself."""
-    _refuse_unwritable(out)
+    from probe.report import check_folder
+
+    check_folder(out)  # now, and not after an hour of recording
     problems: Sequence[BadLine] = ()
     if store is not None:
         given = {"MODEL": model, "--corpus": corpus, "--domain-column": domain_column, "--max-tokens": max_tokens}
@@ -208,17 +209,6 @@ def _warn(problems: Sequence[BadLine]) -> None:
         typer.echo(f"Left out {problem}", err=True)
     if len(problems) > SHOWN_PROBLEMS:
         typer.echo(f"… and {len(problems) - SHOWN_PROBLEMS} more; the report counts them all.", err=True)
-
-
-def _refuse_unwritable(out: Path) -> None:
-    """Complain now, and not after an hour of recording; nothing is made yet."""
-    from probe.schema import ProbeError
-
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ProbeError(f"--out {out}: {there} is a file; name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ProbeError(f"--out {out}: {there} is not writable; name another folder")
 
 
 def _refuse_beside_from(given: Mapping[str, object]) -> None:

@@ -158,7 +158,7 @@ class CorpusReader:
         if not self._sources:
             return f"the corpus is empty ({where}): no file with one of the endings {', '.join(KINDS)}"
         if not self.problems:
-            return f"the corpus is empty ({where}): {len(self._sources)} files without a document"
+            return f"the corpus is empty ({where}): nothing in {len(self._sources)} file(s) to record"
         return (
             f"the corpus is empty ({where}): none of its {len(self.problems)} lines could be used, "
             f"the first is {self.problems[0]}"

@@ -20,6 +20,9 @@ MIN_DOCUMENTS = 5
 MIN_EXPECTED = 10
 """A transition for which independence would bring fewer tokens is left out of titles and figures: its lift is noise."""
 
+SMALLEST_LIFT = 1.05
+"""The lower bound of a lift that a sentence is made of: less would read as 1.0."""
+
 MIN_FINDINGS = 3
 MAX_FINDINGS = 6
 MAX_OF_A_KIND = 2
@@ -174,7 +177,7 @@ def _nothing(results: Mapping[str, xr.Dataset]) -> Finding:
             f"{n_documents:,} documents allow."
         )
     detail = "Intervals resample documents; with more documents smaller differences show."
-    return Finding("nothing", "0", text, "imbalance", np.nan, np.nan, np.nan, None, 0.0, detail)
+    return Finding("nothing", "–", text, "imbalance", np.nan, np.nan, np.nan, None, 0.0, detail)
 
 
 def _quiet(results: Mapping[str, xr.Dataset], found: set[str]) -> list[Finding]:
@@ -212,7 +215,7 @@ def _quiet_domains(cells: xr.Dataset) -> Finding:
     if n_compared:
         text = (
             f"No domain surely prefers an expert: of {n_compared:,} cells (domain, layer, expert) none has an interval "
-            "above 1\u00a0×."
+            f"above {SMALLEST_LIFT}\u00a0×."
         )
     return Finding("quiet specialization", "0", text, "domains", 0.0, np.nan, np.nan, None, strength=0.0)
 
@@ -225,7 +228,7 @@ def _preferences(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     findings = []
     for domain in cells["domain"].values:
         lower = cells["lift_lower"].sel(domain=domain).transpose("layer", "expert")
-        if not bool((lower > 1).any()):
+        if not bool((lower >= SMALLEST_LIFT).any()):
             continue
         row, column = np.unravel_index(int(np.nanargmax(lower.values)), lower.shape)
         cell = cells.sel(domain=domain).isel(layer=row, expert=column)
@@ -337,7 +340,7 @@ def _repeats(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     layer, high = int(result["layer"][at]), min(high, 1.0)
     text = (
         f"In layer {layer} a token goes to the same expert as the one before it {percent(value)} "
-        f"{interval(low, high, 100)} of the time; independent tokens would {percent(null)}."
+        f"{interval(low, high, 100)} of the time; for independent tokens it would be {percent(null)}."
     )
     detail = f"The interval holds for all {result.sizes['layer']} layers at once."
     strength, where = float(excess[at]), {"layer": layer}

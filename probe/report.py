@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -65,7 +66,7 @@ def write_report(
     SchemaError
         If ``recording`` is not a whole recording.
     ProbeError
-        If it holds no token, or if ``folder`` is a file.
+        If it holds no token, or if ``folder`` is no place for a report: see :func:`check_folder`.
     """
     schema.validate(recording)
     if not schema.group(recording, "routing").sizes["token"]:
@@ -73,8 +74,7 @@ def write_report(
             "this recording holds no token, so there is nothing to report: check the corpus that was recorded"
         )
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ProbeError(f"{folder} is a file: name a folder for the report")
+    check_folder(folder)
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
     with _progress(progress) as step:
@@ -89,6 +89,27 @@ def write_report(
         step("store")
         store.save(recording, folder / "routing.zarr")
     return page
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a ProbeError where no report can be written, or where one would replace a page that is not ours.
+
+    Nothing is left behind: a folder that is not there yet is made and removed again.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ProbeError(f"no report can be written to {folder}: {there} is a file; name another folder")
+    if (folder / "index.html").exists() and not (folder / "summary.json").exists():
+        raise ProbeError(f"{folder} holds an index.html that is no report of probe's: name another folder")
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if is_new:
+            folder.rmdir()
+    except OSError as error:
+        raise ProbeError(f"{folder}: nothing can be written there ({error.strerror}); name another folder") from error
 
 
 def _progress(shown: bool) -> AbstractContextManager[Callable[[str], None]]:
@@ -171,6 +192,9 @@ def write_tables(results: Results, recording: xr.DataTree, folder: Path) -> None
             for name in ("name", "domain", "n_tokens", "n_cut")
         }
     )
+    for stale in {*_STATISTICS, *frames} - frames.keys():  # of an earlier report, with other domains
+        for suffix in ("csv", "parquet"):
+            (folder / f"{stale}.{suffix}").unlink(missing_ok=True)
     for name, frame in frames.items():
         frame.to_csv(folder / f"{name}.csv", index=False)
         frame.to_parquet(folder / f"{name}.parquet", index=False)

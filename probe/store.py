@@ -60,8 +60,7 @@ def open(path: str | Path) -> xr.DataTree:  # noqa: A001 - the public name is pr
         raise StoreError(f"no store at {path}")
     try:
         recording = xr.open_datatree(path, engine="zarr", consolidated=False, chunks={})
-        if damaged := _missing_chunks(path):
-            raise StoreError(f"{path} is damaged: chunks are missing from {', '.join(damaged)}")
+        _refuse_damage(path, recording)
         schema.validate(recording)
     except (OSError, ValueError, KeyError, RuntimeError, zarr.errors.BaseZarrError) as error:
         raise StoreError(f"{path} is not a Zarr store that probe can read: {error}") from error
@@ -79,8 +78,11 @@ def _is_recording(path: Path) -> bool:
         return False
 
 
-def _missing_chunks(path: Path) -> list[str]:
-    """Arrays of which not every chunk is there."""
+def _refuse_damage(path: Path, recording: xr.DataTree) -> None:
+    """Raise a StoreError that names the arrays of a recording of which not every chunk is there."""
+    if not schema.GROUPS.keys() <= recording.children.keys():
+        return  # no recording of ours, which may leave out empty chunks: what it lacks says the schema
     root = zarr.open_group(path, mode="r")
     arrays = {name: node for name, node in root.members(max_depth=None) if isinstance(node, zarr.Array)}
-    return sorted(f"/{name}" for name, array in arrays.items() if array.nchunks_initialized < array.nchunks)
+    if damaged := sorted(f"/{name}" for name, array in arrays.items() if array.nchunks_initialized < array.nchunks):
+        raise StoreError(f"{path} is damaged: chunks are missing from {', '.join(damaged)}")

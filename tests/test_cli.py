@@ -175,7 +175,7 @@ def test_unknown_model_ends_with_the_shipped_ones(run):
 @pytest.mark.parametrize("out", ["file", "file/report"])
 def test_out_that_is_a_file_is_refused_before_any_work(run, calls, out):
     Path("file").write_text("mine", "utf-8")
-    assert_one_message(run("report", "--out", out, "--corpus", "missing"), f"--out {out}", "is a file")
+    assert_one_message(run("report", "--out", out, "--corpus", "missing"), f"to {out}:", "is a file")
     assert Path("file").read_text("utf-8") == "mine"
 
 

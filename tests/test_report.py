@@ -346,7 +346,7 @@ def test_an_empty_recording_is_refused(tmp_path):
 
 def test_a_file_in_the_way_is_named(tree, tmp_path):
     (tmp_path / "report").write_text("mine")
-    with pytest.raises(ProbeError, match="is a file: name a folder"):
+    with pytest.raises(ProbeError, match="is a file; name another folder"):
         report.write_report(tree, tmp_path / "report")
     assert (tmp_path / "report").read_text() == "mine"
 
@@ -372,3 +372,29 @@ def test_progress_is_shown_on_request_only(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     report.write_report(tree, tmp_path, progress=True)
     assert "report" in capsys.readouterr().err
+
+
+def test_tables_of_an_earlier_report_do_not_stay_behind(tree, tmp_path):
+    written(tree, tmp_path)
+    assert (tmp_path / "tables" / "specialization.csv").exists()
+    (tmp_path / "tables" / "mine.csv").write_text("kept")
+    written(recorded(names=("english",)), tmp_path)
+    assert not list((tmp_path / "tables").glob("specialization.*"))
+    assert (tmp_path / "tables" / "mine.csv").read_text() == "kept"
+
+
+def test_a_page_of_somebody_else_is_not_replaced(tree, tmp_path):
+    (tmp_path / "index.html").write_text("my site")
+    with pytest.raises(ProbeError, match="no report of probe's"):
+        written(tree, tmp_path)
+    assert (tmp_path / "index.html").read_text() == "my site"
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_nothing_is_left(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ProbeError, match="file is a file"):
+        report.check_folder(tmp_path / "file" / "report")
+    with pytest.raises(ProbeError, match="nothing can be written there"):
+        report.check_folder(Path("/proc/nowhere/report"))
+    report.check_folder(tmp_path / "new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
