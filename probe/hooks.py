@@ -157,6 +157,8 @@ class Recorder:
         return watched
 
     def _on_model_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("pixel_values", args[1] if len(args) > 1 else None) is not None:
+            raise RecordingError("images are not recorded yet: their tokens would pass for text")
         # With images the decoder is handed embeddings only: the ids are seen here and nowhere else.
         self._outer_ids = kwargs.get("input_ids", args[0] if args else None)
 

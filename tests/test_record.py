@@ -444,6 +444,9 @@ def test_works_on_the_decoder_alone_and_on_the_image_and_text_model():
         both(input_ids=torch.tensor(ids))
     np.testing.assert_array_equal(recorder.trace()["routing"]["expert_index"].values, expected)
     assert recorder.trace()["routing"]["token_id"].values.tolist() == ids[0]
+    with pytest.raises(RecordingError, match="images are not recorded"), probe.Recorder(both):
+        both(input_ids=torch.tensor(ids), pixel_values=torch.zeros(1, 3, 28, 28))
+    assert hooks_on(both) == 0
 
 
 def test_recording_in_training_leaves_the_gradients_alone():
