@@ -223,16 +223,16 @@ def _refuse_beside_from(given: Mapping[str, object]) -> None:
 
 
 def _size(recording: xr.DataTree) -> str:
+    from probe.findings import counted
+
     documents, tokens = recording["samples"].sizes["sample"], recording["routing"].sizes["token"]
-    return f"{_count(documents, 'document')}, {_count(tokens, 'token')}"
+    return f"{counted(documents, 'document')}, {counted(tokens, 'token')}"
 
 
 def _left_out(problems: Sequence[BadLine]) -> str:
-    return f", {_count(len(problems), 'bad line')} left out" if problems else ""
+    from probe.findings import counted
 
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    return f", {counted(len(problems), 'bad line')} left out" if problems else ""
 
 
 def _weights_size(model: str) -> str:

@@ -50,6 +50,11 @@ class Finding:
     where: Mapping[str, int | str] = field(default_factory=dict)
 
 
+def counted(number: int, thing: str) -> str:
+    """How many of a thing, for people: 1 token, 1,024 tokens."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def percent(share: float) -> str:
     """A share for people: 41 %, 4.1 %, 0.41 %."""
     return f"{digits(100 * share)}\u00a0%"

@@ -251,8 +251,9 @@ class Recorder:
         layer_rows, probability_sums = [], []
         for scores, logits in forward.router_outputs.values():
             is_real = forward.is_real.flatten().to(logits.device)
-            layer_rows.append(reduce_router(scores[is_real], logits[is_real], self._top_k, self._spec.all_logits))
-            probability = logits[is_real].float().softmax(dim=-1)
+            logits = logits[is_real]
+            layer_rows.append(reduce_router(scores[is_real], logits, self._top_k, self._spec.all_logits))
+            probability = logits.float().softmax(dim=-1)
             sums = probability.new_zeros(len(n_real), probability.shape[-1])
             probability_sums.append(sums.index_add_(0, row_of_token.to(sums.device), probability).cpu())
         for name in layer_rows[0]:

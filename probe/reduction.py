@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from probe import schema
+
 LOSS_TILE = 1024
 """Tokens whose logits over the whole vocabulary are held at once."""
 
@@ -36,7 +38,7 @@ def reduce_router(scores: Tensor, logits: Tensor, top_k: int, all_logits: bool =
     complete = is_chosen.sum(dim=-1, keepdim=True) == top_k
     ranked = torch.where(is_chosen | ~complete, logits, lowest)
     router_logit, expert_index = ranked.topk(top_k, dim=-1)
-    dtype = torch.uint8 if n_experts <= 255 else torch.uint16
+    dtype = getattr(torch, schema.expert_dtype(n_experts).name)
     reduced = {
         "expert_index": expert_index.to(dtype),
         "router_logit": router_logit.half(),

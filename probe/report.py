@@ -25,6 +25,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from probe import findings, report_sections, routing_stats, schema, store, text_view
+from probe.findings import counted
 from probe.report_sections import Results, layer_name
 from probe.schema import ProbeError
 
@@ -85,7 +86,7 @@ def write_report(
         summary = summarize(recording, found, problems)
         (folder / "summary.json").write_text(strict_json(summary), encoding="utf-8")
         step("page")
-        page.write_text(render(recording, results, found, problems), encoding="utf-8")
+        page.write_text(render(recording, results, found, summary, problems), encoding="utf-8")
         step("store")
         store.save(recording, folder / "routing.zarr")
     return page
@@ -283,9 +284,13 @@ def _plain(value: Any) -> Any:
 
 
 def render(
-    recording: xr.DataTree, results: Results, found: Sequence[findings.Finding], problems: Sequence[BadLine] = ()
+    recording: xr.DataTree,
+    results: Results,
+    found: Sequence[findings.Finding],
+    summary: Mapping[str, Any],
+    problems: Sequence[BadLine],
 ) -> str:
-    """The page as one string of HTML."""
+    """The page as one string of HTML; ``summary`` is that of :func:`summarize`."""
     environment = Environment(
         loader=FileSystemLoader(text_view.ASSETS),
         autoescape=True,
@@ -293,7 +298,6 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    summary = summarize(recording, found, problems)
     return environment.get_template("report.html.j2").render(
         model=str(recording.attrs["model"]) or "a model without a name",
         overview=_overview(summary),
@@ -320,17 +324,15 @@ def _asset(name: str) -> str:
     return (text_view.ASSETS / name).read_text(encoding="utf-8")
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
 def _overview(summary: Mapping[str, Any]) -> list[str]:
     """What was recorded: the parts of one line."""
     counts, attributes = summary["counts"], summary["recording"]
-    amount = f"{_count(counts['tokens'], 'token')} of {_count(counts['documents'], 'document')}"
+    amount = f"{counted(counts['tokens'], 'token')} of {counted(counts['documents'], 'document')}"
     if counts["domains"] > 1:
         amount += f" in {counts['domains']} domains"
-    router = f"{_count(counts['layers'], 'layer')} of {_count(counts['experts'], 'expert')}, top {attributes['top_k']}"
+    router = (
+        f"{counted(counts['layers'], 'layer')} of {counted(counts['experts'], 'expert')}, top {attributes['top_k']}"
+    )
     where = " on ".join(str(attributes[name]) for name in ("dtype", "device") if attributes[name])
     return [part for part in (amount, router, where, _date(str(attributes["created_at"]))) if part]
 
@@ -348,10 +350,10 @@ def _skipped(summary: Mapping[str, Any]) -> str:
     parts = []
     if counts["documents_cut"]:
         parts.append(
-            f"{_count(counts['documents_cut'], 'document')} cut short by {_count(counts['tokens_cut'], 'token')} in all"
+            f"{counted(counts['documents_cut'], 'document')} cut short by {counted(counts['tokens_cut'], 'token')} in all"
         )
     if n_bad:
-        parts.append(f"{_count(n_bad, 'line')} of the corpus could not be used")
+        parts.append(f"{counted(n_bad, 'line')} of the corpus could not be used")
     return "; ".join(parts)
 
 

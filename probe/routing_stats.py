@@ -144,11 +144,8 @@ def document_load(samples: Routing, *, sample: int, layer: int, level: float = 0
     """
     samples = schema.group(samples, "samples")
     schema.require(samples, "expert_count", "attention_kind", "n_tokens")
-    if not 0 <= sample < samples.sizes["sample"]:
-        raise ProbeError(f"there is no sample {sample}: this recording holds 0 to {samples.sizes['sample'] - 1}")
-    if layer not in samples["layer"].values:
-        known = ", ".join(map(str, samples["layer"].values))
-        raise ProbeError(f"layer {layer} has no recorded router (is it dense?): this recording holds layers {known}")
+    schema.require_sample(sample, samples.sizes["sample"])
+    schema.require_layer(layer, samples["layer"].values.tolist())
     counts = samples["expert_count"].sel(layer=layer).transpose("sample", "expert").values.astype(np.int64)
     filled = counts[counts.sum(axis=1) > 0]
     lower, upper = (bound[0] for bound in Bootstrap(level).share_interval(filled[:, None, :]))

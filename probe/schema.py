@@ -191,6 +191,19 @@ def require(data: xr.Dataset, *names: str) -> None:
             raise SchemaError(f"variable or coord {name!r} is missing: this Dataset holds {there}")
 
 
+def require_sample(sample: int, n_samples: int) -> None:
+    """Raise a ProbeError that says which samples there are, unless ``sample`` is one of them."""
+    if not 0 <= sample < n_samples:
+        raise ProbeError(f"there is no sample {sample}: this recording holds 0 to {n_samples - 1}")
+
+
+def require_layer(layer: int, layers: Sequence[int]) -> None:
+    """Raise a ProbeError that says which layers were recorded, unless ``layer`` is one of them."""
+    if layer not in layers:
+        known = ", ".join(map(str, layers))
+        raise ProbeError(f"layer {layer} has no recorded router (is it dense?): this recording holds layers {known}")
+
+
 def labels(coord: xr.DataArray) -> np.ndarray:
     """A coord's values as people read them: category codes by name, all else as they are.
 

@@ -115,8 +115,7 @@ def document(recording: xr.DataTree, sample: int, *, max_tokens: int | None = No
         If there is no such sample.
     """
     routing, samples = schema.group(recording, "routing"), schema.group(recording, "samples")
-    if not 0 <= sample < samples.sizes["sample"]:
-        raise schema.ProbeError(f"there is no sample {sample}: this recording holds 0 to {samples.sizes['sample'] - 1}")
+    schema.require_sample(sample, samples.sizes["sample"])
     start, n_tokens = int(samples["row_offset"][sample]), int(samples["n_tokens"][sample])
     n_shown = n_tokens if max_tokens is None else min(n_tokens, max_tokens)
     rows = routing.isel(token=slice(start, start + n_shown)).transpose("layer", "token", ...)
@@ -277,9 +276,7 @@ def tokens_html(shown: Document, *, layer: int, titles: bool = True) -> str:
 
 
 def _layer_position(shown: Document, layer: int) -> int:
-    if layer not in shown.layers:
-        there = ", ".join(map(str, shown.layers))
-        raise schema.ProbeError(f"layer {layer} has no recorded router: this recording holds layers {there}")
+    schema.require_layer(layer, shown.layers)
     return shown.layers.index(layer)
 
 

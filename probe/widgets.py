@@ -116,18 +116,12 @@ class Explorer(ipywidgets.VBox):
 
     @traitlets.validate("sample")
     def _known_sample(self, proposal: Any) -> int:
-        last = self._samples.sizes["sample"] - 1
-        if not 0 <= proposal["value"] <= last:
-            raise ProbeError(f"there is no sample {proposal['value']}: this recording holds 0 to {last}")
+        schema.require_sample(proposal["value"], self._samples.sizes["sample"])
         return proposal["value"]
 
     @traitlets.validate("layer")
     def _known_layer(self, proposal: Any) -> int:
-        if proposal["value"] not in self._layers:
-            raise ProbeError(
-                f"layer {proposal['value']} has no recorded router (is it dense?): "
-                f"this recording holds layers {', '.join(map(str, self._layers))}"
-            )
+        schema.require_layer(proposal["value"], self._layers)
         return proposal["value"]
 
     def _show_document(self) -> None:
