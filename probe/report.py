@@ -349,9 +349,8 @@ def _skipped(summary: Mapping[str, Any]) -> str:
     counts, n_bad = summary["counts"], summary["problems"]["count"]
     parts = []
     if counts["documents_cut"]:
-        parts.append(
-            f"{counted(counts['documents_cut'], 'document')} cut short by {counted(counts['tokens_cut'], 'token')} in all"
-        )
+        documents, tokens = counted(counts["documents_cut"], "document"), counted(counts["tokens_cut"], "token")
+        parts.append(f"{documents} cut short by {tokens} in all")
     if n_bad:
         parts.append(f"{counted(n_bad, 'line')} of the corpus could not be used")
     return "; ".join(parts)
