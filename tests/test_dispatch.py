@@ -26,8 +26,12 @@ def test_forward_and_backward_agree_with_transformers(shape, length):
     expected_logits, expected_gradients = results["reference"]
     torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5 * float(expected_logits.abs().max()))
     assert len(gradients) == len(expected_gradients)
+    # Measured against the largest gradient of all: a single token attends to itself alone, so what its queries and keys
+    # get is rounding around zero, and not the same on every processor.
+    largest = max(float(expected.abs().max()) for expected in expected_gradients)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        atol = max(1e-4 * float(expected.abs().max()), 1e-6 * largest)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=atol)
 
 
 def test_both_choose_the_same_experts():
