@@ -7,6 +7,7 @@ router chose, runs each expert on its tokens and adds the results back. Gradient
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -22,6 +23,9 @@ ExpertDispatch = Literal["sparse", "reference"]
 class SparseLlama4TextMoe(Llama4TextMoe):
     """``Llama4TextMoe`` that runs each expert on the tokens routed to it, and on no others."""
 
+    expert_observers: tuple[Callable[[Tensor], None], ...] = ()
+    """Called with what the experts returned, ``[N, H]`` sorted by expert; ``probe.expert_outputs`` sets it."""
+
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Same contract as ``Llama4TextMoe``: ``(output [B·S, H], router_logits [B·S, E])``."""
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
@@ -33,9 +37,12 @@ class SparseLlama4TextMoe(Llama4TextMoe):
         routed_in = hidden_states[token] * router_scores[token, expert].unsqueeze(-1)
 
         out = self.shared_expert(hidden_states)
+        routed_out = self._run_experts(routed_in, expert)
+        for observe in self.expert_observers:
+            observe(routed_out)
         if len(token):
             routed = torch.zeros_like(out)
-            routed.index_add_(0, token, self._run_experts(routed_in, expert))
+            routed.index_add_(0, token, routed_out)
             out = out + routed
         return out, router_logits
 
@@ -50,7 +57,7 @@ class SparseLlama4TextMoe(Llama4TextMoe):
             if len(rows):
                 gate, up = (rows @ gate_up_projs[index]).chunk(2, dim=-1)
                 outputs.append((up * self.experts.act_fn(gate)) @ down_projs[index])
-        return torch.cat(outputs)
+        return torch.cat(outputs) if outputs else routed_in
 
 
 _BLOCK_CLASSES: dict[str, type[Llama4TextMoe]] = {"sparse": SparseLlama4TextMoe, "reference": Llama4TextMoe}
@@ -76,15 +83,24 @@ def set_expert_dispatch(model: nn.Module, expert_dispatch: ExpertDispatch) -> No
     if expert_dispatch not in _BLOCK_CLASSES:
         raise ProbeError(f"unknown expert dispatch {expert_dispatch!r}: choose one of {', '.join(_BLOCK_CLASSES)}")
     blocks = moe_blocks(model)
-    for layer, block in blocks.items():
-        for part, known in ((block, tuple(_BLOCK_CLASSES.values())), (block.experts, (Llama4TextExperts,))):
-            if type(part) not in known:
-                raise ProbeError(
-                    f"layer {layer} computes its experts with {type(part).__name__}, which probe cannot replace "
-                    "(a quantised or patched model): load it with expert_dispatch=None, which leaves it as it is"
-                )
+    for layer, name in foreign_parts(blocks).items():
+        raise ProbeError(
+            f"layer {layer} computes its experts with {name}, which probe cannot replace (a quantised or patched "
+            "model): load it with expert_dispatch=None, which leaves it as it is"
+        )
     for block in blocks.values():
         block.__class__ = _BLOCK_CLASSES[expert_dispatch]
+
+
+def foreign_parts(blocks: Mapping[int, Llama4TextMoe]) -> dict[int, str]:
+    """Layers that compute their experts in neither of the two ways, with the class name of the part that is foreign."""
+    foreign = {}
+    for layer, block in blocks.items():
+        if type(block) not in _BLOCK_CLASSES.values():
+            foreign[layer] = type(block).__name__
+        elif type(block.experts) is not Llama4TextExperts:
+            foreign[layer] = type(block.experts).__name__
+    return foreign
 
 
 def expert_dispatch_of(model: nn.Module) -> str:

@@ -1,8 +1,8 @@
 """``Recorder`` and ``record``: a live model in, a DataTree out; the only place where tensors become numpy arrays.
 
 A recorder hooks the routers and the text decoder. While a forward runs it only keeps what the routers returned; when
-the decoder is done it reduces that, on the model's device, and copies the small result out. Nothing that the model
-computes is changed.
+the decoder is done it reduces that, on the model's device, and copies the small result out. What experts return, where
+that is asked for, is too large to keep and is reduced layer by layer. Nothing that the model computes is changed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -26,10 +26,11 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextModel
 
 from probe import __version__, inputs, recording, schema, sites, vocabulary
 from probe.dispatch import expert_dispatch_of
+from probe.expert_outputs import ExpertTotals, require_known_experts, watch_experts
 from probe.generation import Generation
 from probe.models import LoadedModel
 from probe.recording import RecordingError
-from probe.reduction import next_token_losses, real_tokens, reduce_router
+from probe.reduction import expert_totals, next_token_losses, real_tokens, reduce_experts, reduce_router
 
 PADDED_TOKENS = 16_384
 """Positions, padding included, in one forward of :func:`record`, unless a single text is longer."""
@@ -41,15 +42,18 @@ class RoutingSpec:
 
     ``all_logits``: the raw logit of every expert. ``next_token_loss``: the loss of every next token and the token that
     the model would have predicted; needs a model with an output head, and is left out of a recording of ``generate()``.
+    ``expert_outputs``: the group ``/experts``, how large the outputs of each routed expert are; needs a model whose
+    experts are computed as transformers does or as probe does, not by a quantiser's own module.
     """
 
     all_logits: bool = False
     next_token_loss: bool = False
+    expert_outputs: bool = False
 
 
 @dataclass
 class _Forward:
-    """One forward of the decoder: which of its positions are real tokens, and what its routers returned."""
+    """One forward of the decoder: which of its positions are real tokens, and what its routers and experts returned."""
 
     token_ids: Tensor
     is_real: Tensor
@@ -58,6 +62,7 @@ class _Forward:
     past_tokens: list[int]
     is_decode: bool
     router_outputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    expert_outputs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,10 @@ class Recorder:
         self._decoder = sites.text_model(self._model)
         self._blocks = sites.moe_blocks(self._model)
         self._head = sites.output_head(self._model) if self._spec.next_token_loss else None
+        self._expert_totals: ExpertTotals | None = None
+        if self._spec.expert_outputs:
+            require_known_experts(self._blocks)
+            self._expert_totals = ExpertTotals(len(self._blocks), self._layout().n_experts)
 
         self._handles: list[Any] = []
         self._own_generate: list[tuple[nn.Module, Any]] = []
@@ -128,6 +137,8 @@ class Recorder:
         self._handles.append(decoder.register_forward_pre_hook(self._on_decoder_start, with_kwargs=True))
         for layer, block in self._blocks.items():
             self._handles.append(block.router.register_forward_hook(self._router_hook(layer)))
+            if self._spec.expert_outputs:
+                self._handles += watch_experts(block, self._expert_observer(layer))
         self._handles.append(decoder.register_forward_hook(self._on_decoder_end))
         return self
 
@@ -220,20 +231,34 @@ class Recorder:
 
         return keep
 
+    def _expert_observer(self, layer: int) -> Callable[[Tensor], None]:
+        def keep(outputs: Tensor) -> None:
+            if self._forward is not None and layer in self._forward.router_outputs:
+                scores, _ = self._forward.router_outputs[layer]
+                with torch.no_grad():
+                    self._forward.expert_outputs[layer] = reduce_experts(outputs, scores)
+
+        return keep
+
     def _on_decoder_end(self, module: nn.Module, args: Any, output: Any) -> None:
         forward, self._forward = self._forward, None
         assert forward is not None
-        if silent := sorted(self._blocks.keys() - forward.router_outputs.keys()):
-            raise RecordingError(
-                f"router recorded nothing at layers {', '.join(map(str, silent))}: something replaced the forward "
-                "of these blocks (a kernel from the hub?); "
-                f"this model's MoE layers are {', '.join(map(str, self._blocks))}"
-            )
+        self._refuse_silence("router", forward.router_outputs)
+        if self._spec.expert_outputs:
+            self._refuse_silence("experts", forward.expert_outputs)
         samples = self._samples_of(forward)
         self._remember(forward, samples, output)
         self._continued |= self._generation is not None
         with torch.no_grad():
             self._keep(forward, samples, output[0])
+
+    def _refuse_silence(self, part: str, recorded: Mapping[int, object]) -> None:
+        if silent := sorted(self._blocks.keys() - recorded.keys()):
+            raise RecordingError(
+                f"{part} recorded nothing at layers {', '.join(map(str, silent))}: something replaced the forward "
+                "of these blocks (a kernel from the hub?); "
+                f"this model's MoE layers are {', '.join(map(str, self._blocks))}"
+            )
 
     def _keep(self, forward: _Forward, samples: np.ndarray, hidden_states: Tensor) -> None:
         """Reduce a forward to rows, on the device, and copy them out."""
@@ -269,6 +294,10 @@ class Recorder:
             self._next_position[sample] += n_new
         self._row_batches.append(rows)
         self._probability_batches.append((samples, np.stack([sums.numpy() for sums in probability_sums], axis=1)))
+        if self._expert_totals is not None:
+            layers = [forward.expert_outputs[layer] for layer in self._blocks]
+            norm_sum, largest = expert_totals(layers, forward.is_real, probability_sums[0].shape[-1])
+            self._expert_totals.add(samples, norm_sum.numpy(), largest.numpy())
 
     @property
     def _top_k(self) -> int:
@@ -313,6 +342,7 @@ class Recorder:
             layout=layout,
             pieces=vocabulary.pieces(self._tokenizer, np.unique(rows["token_id"]).tolist()),
             attributes=self._attributes(),
+            experts=None if self._expert_totals is None else self._expert_totals.arrays(n_samples),
         )
 
     def _layout(self) -> recording.Layout:
@@ -380,7 +410,7 @@ def record(
 
     Returns
     -------
-    DataTree with ``/routing``, ``/samples`` and ``/vocabulary``; see ``probe.schema``.
+    DataTree with ``/routing``, ``/samples``, ``/vocabulary`` and, where asked for, ``/experts``; see ``probe.schema``.
 
     Raises
     ------

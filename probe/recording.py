@@ -52,6 +52,7 @@ def build(
     layout: Layout,
     pieces: Mapping[int, bytes],
     attributes: Mapping[str, Any],
+    experts: Mapping[str, np.ndarray] | None = None,
 ) -> xr.DataTree:
     """Assemble a recording.
 
@@ -64,18 +65,21 @@ def build(
     layout : layers, experts and slots that the rows refer to.
     pieces : bytes of every token id that occurs.
     attributes : root attributes; see ``schema.ROOT_ATTRIBUTES``.
+    experts : variables of ``/experts``, (sample, layer, expert), for a recording that has this group. ``output_max`` is
+        NaN in the recording wherever a sample sent an expert no token, whatever stands there.
     """
     n_tokens = np.bincount(rows["sample"], minlength=len(samples)).astype(np.int64)
     kinds = np.array([schema.ATTENTION_KINDS.index("rope" if rope else "nope") for rope in layout.rope], np.uint8)
     layer_coords = {"layer": np.asarray(layout.layers, np.int64), "attention_kind": kinds}
-    experts = np.arange(layout.n_experts)
+    expert_coord = {"expert": np.arange(layout.n_experts)}
+    sample_coord = {"sample": np.arange(len(samples))}
     layer_categories = {"attention_kind": schema.ATTENTION_KINDS}
 
     domains = list(dict.fromkeys(sample.domain for sample in samples))
     domain_code = np.array([domains.index(sample.domain) for sample in samples], schema.code_dtype(len(domains)))
     routing = schema.dataset(
         "routing",
-        {**rows, "domain": domain_code[rows["sample"]], **layer_coords, "expert": experts},
+        {**rows, "domain": domain_code[rows["sample"]], **layer_coords, **expert_coord},
         categories=layer_categories | {"domain": domains, "modality": schema.MODALITIES, "phase": schema.PHASES},
     )
     sample_table = schema.dataset(
@@ -91,9 +95,9 @@ def build(
                 rows["expert_index"], rows["sample"], n_codes=len(samples), n_values=layout.n_experts
             ),
             "probability_sum": probability_sum,
-            "sample": np.arange(len(samples)),
-            "expert": experts,
+            **sample_coord,
             **layer_coords,
+            **expert_coord,
         },
         categories=layer_categories,
     )
@@ -104,11 +108,17 @@ def build(
             "piece": [pieces[token_id].decode("latin-1") for token_id in sorted(pieces)],
         },
     )
-    return xr.DataTree.from_dict(
-        {
-            "/": xr.Dataset(attrs=dict(attributes)),
-            "/routing": routing,
-            "/samples": sample_table,
-            "/vocabulary": vocabulary,
-        }
-    )
+    groups = {
+        "/": xr.Dataset(attrs=dict(attributes)),
+        "/routing": routing,
+        "/samples": sample_table,
+        "/vocabulary": vocabulary,
+    }
+    if experts is not None:
+        output_max = np.where(sample_table["expert_count"].values > 0, experts["output_max"], np.nan)
+        groups["/experts"] = schema.dataset(
+            "experts",
+            {**experts, "output_max": output_max, **sample_coord, **layer_coords, **expert_coord},
+            categories=layer_categories,
+        )
+    return xr.DataTree.from_dict(groups)

@@ -1,10 +1,11 @@
-"""What a router and an output head returned, reduced on the model's device to what a recording keeps.
+"""What routers, experts and an output head returned, reduced on the model's device to what a recording keeps.
 
 Tensors in, tensors out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,59 @@ def reduce_router(scores: Tensor, logits: Tensor, top_k: int, all_logits: bool =
     if all_logits:
         reduced["all_logits"] = logits.half()
     return reduced
+
+
+def reduce_experts(outputs: Tensor, scores: Tensor) -> dict[str, Tensor]:
+    """What one layer's experts returned for T tokens, reduced to two numbers for each of N assignments.
+
+    Parameters
+    ----------
+    outputs : (N, H), the rows of the assignments, sorted by expert and then by token; or (E·T, H), every expert on
+        every token, as ``Llama4TextExperts`` returns them.
+    scores : (T, E) as ``Llama4Router`` returns them; exactly 0 for an expert that was not chosen.
+
+    Returns
+    -------
+    ``expert`` and ``token``, integers (N,); ``norm``, the L2 norm of what the expert returned, and ``largest``, its
+    largest absolute value, both float32 (N,).
+    """
+    expert, token = (scores != 0).t().nonzero(as_tuple=True)
+    if len(outputs) != len(token):
+        outputs = outputs[expert * len(scores) + token]
+    # The norm of bf16 values would have bf16's 8 bits, and squares of fp16 values overflow from 256 on.
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    return {
+        "expert": expert,
+        "token": token,
+        "norm": torch.linalg.vector_norm(outputs, dim=-1, dtype=wide).float(),
+        "largest": torch.linalg.vector_norm(outputs, ord=torch.inf, dim=-1).float(),
+    }
+
+
+def expert_totals(layers: Sequence[dict[str, Tensor]], is_real: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """What experts returned in a forward of B rows of n positions, reduced to two numbers for each row and expert.
+
+    Parameters
+    ----------
+    layers : what :func:`reduce_experts` returned for each layer.
+    is_real : (B, n), which positions are tokens and not padding.
+
+    Returns
+    -------
+    Sum of ``norm``, float64, and largest ``largest``, float32, both (B, layer, E) and on the CPU; 0 for an expert that
+    no token of the row went to.
+    """
+    n_rows, n_positions = is_real.shape
+    # Summed on the CPU: not every device has float64, and some add in another order each time.
+    norm_sum = torch.zeros(n_rows, len(layers), n_experts, dtype=torch.float64)
+    highest = torch.zeros(n_rows, len(layers), n_experts)
+    for layer, reduced in enumerate(layers):
+        own = is_real.flatten().to(reduced["token"].device)[reduced["token"]]
+        expert, token, norm, largest = (reduced[name][own].cpu() for name in ("expert", "token", "norm", "largest"))
+        cell = (token // n_positions * len(layers) + layer) * n_experts + expert
+        norm_sum.view(-1).index_add_(0, cell, norm.double())
+        highest.view(-1).scatter_reduce_(0, cell, largest, "amax")
+    return norm_sum, highest
 
 
 def real_tokens(attention_mask: Any, token_ids: Tensor, n_past: int) -> Tensor:

@@ -97,12 +97,42 @@ SAMPLES = {
     "expert": ROUTING["expert"],
 }
 
+EXPERTS = {
+    "saliency_sum": Variable(
+        ("sample", "layer", "expert"), ("float32",), "sum over the expert's tokens of the L2 norm of its contribution"
+    ),
+    "output_norm_sum": Variable(
+        ("sample", "layer", "expert"), ("float32",), "sum over the expert's tokens of the L2 norm of its output"
+    ),
+    "output_max": Variable(
+        ("sample", "layer", "expert"), ("float32",), "largest absolute value in the expert's output, over its tokens"
+    ),
+    "sample": SAMPLES["sample"],
+    "layer": ROUTING["layer"],
+    "attention_kind": ROUTING["attention_kind"],
+    "expert": ROUTING["expert"],
+}
+"""Routed experts only, never the shared one. The output is what ``down_proj`` returns, before it is added to the rest.
+
+Llama 4's gate scales an expert's input, so that what an expert contributes is its output, E(g·x), and the two sums are
+equal. Where a gate scales the output instead the contribution is g·E(x), and they differ. The sums are 0 and
+``output_max`` is NaN where a sample sent the expert no token.
+"""
+
 VOCABULARY = {
     "token_id": Variable(("entry",), ("uint32",), "id in the tokenizer's vocabulary"),
     "piece": Variable(("entry",), ("str",), "bytes of the token, one character U+0000 to U+00FF for each byte"),
 }
 
-GROUPS: dict[str, dict[str, Variable]] = {"routing": ROUTING, "samples": SAMPLES, "vocabulary": VOCABULARY}
+GROUPS: dict[str, dict[str, Variable]] = {
+    "routing": ROUTING,
+    "samples": SAMPLES,
+    "vocabulary": VOCABULARY,
+    "experts": EXPERTS,
+}
+
+OPTIONAL_GROUPS = {"experts": "record(…, routing=RoutingSpec(expert_outputs=True))"}
+"""Groups that a recording holds only where it was asked for them, and how to ask."""
 
 ROOT_ATTRIBUTES = (
     "schema_version",
@@ -169,7 +199,7 @@ def group(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
     Raises
     ------
     SchemaError
-        If a recording has no such group, or if what was given is neither.
+        If a recording has no such group (says how to record one that is optional), or if what was given is neither.
     """
     if isinstance(data, xr.Dataset):
         return data
@@ -179,7 +209,8 @@ def group(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
         return data.to_dataset()
     if name not in data.children:
         there = ", ".join(f"/{child}" for child in data.children) or "no group at all"
-        raise SchemaError(f"this recording has no /{name} group: it holds {there}")
+        remedy = f"; {OPTIONAL_GROUPS[name]} adds it" if name in OPTIONAL_GROUPS else ""
+        raise SchemaError(f"this recording has no /{name} group: it holds {there}{remedy}")
     return data[name].to_dataset()
 
 
@@ -242,10 +273,10 @@ def validate(recording: xr.DataTree) -> None:
     if version is not None and version != SCHEMA_VERSION:
         faults.append(f"schema_version is {version}, this probe reads {SCHEMA_VERSION}")
     for name, specs in GROUPS.items():
-        if name not in recording.children:
-            faults.append(f"group /{name} is missing")
-        else:
+        if name in recording.children:
             faults += _variable_faults(name, recording[name].to_dataset(), specs)
+        elif name not in OPTIONAL_GROUPS:
+            faults.append(f"group /{name} is missing")
     if not faults:
         faults = _consistency_faults(recording)
     if faults:
@@ -286,9 +317,28 @@ def _consistency_faults(recording: xr.DataTree) -> list[str]:
         faults.append(f"/routing/expert_index goes beyond the {n_experts} experts")
     elif not faults and not np.array_equal(_counted(routing, len(n_tokens)), samples["expert_count"].values):
         faults.append("/samples/expert_count does not agree with /routing/expert_index")
+    if "experts" in recording.children:
+        faults += _expert_faults(recording["experts"].to_dataset(), samples)
     known = recording["vocabulary"].to_dataset()["token_id"].values
     if missing := np.setdiff1d(routing["token_id"].values, known).tolist():
         faults.append(f"/vocabulary lacks token ids {missing[:5]}")
+    return faults
+
+
+def _expert_faults(experts: xr.Dataset, samples: xr.Dataset) -> list[str]:
+    """Where ``/experts`` does not fit ``/samples``."""
+    dims = ("sample", "layer", "expert")
+    different = [dim for dim in dims if not np.array_equal(experts[dim].values, samples[dim].values)]
+    if different:
+        return [f"/experts and /samples name different {dim}s" for dim in different]
+    faults, unused = [], samples["expert_count"].values == 0
+    for name in ("saliency_sum", "output_norm_sum"):
+        if (experts[name].values[unused] != 0).any():
+            faults.append(f"/experts/{name} is not 0 where /samples/expert_count is 0")
+    # An output that is itself not a number makes the sum so too: a model with broken weights can still be recorded.
+    undefined = unused | np.isnan(experts["output_norm_sum"].values)
+    if not np.array_equal(np.isnan(experts["output_max"].values), undefined):
+        faults.append("/experts/output_max is not NaN exactly where /samples/expert_count is 0")
     return faults
 
 

@@ -80,7 +80,7 @@ def _is_recording(path: Path) -> bool:
 
 def _refuse_damage(path: Path, recording: xr.DataTree) -> None:
     """Raise a StoreError that names the arrays of a recording of which not every chunk is there."""
-    if not schema.GROUPS.keys() <= recording.children.keys():
+    if not schema.GROUPS.keys() - schema.OPTIONAL_GROUPS.keys() <= recording.children.keys():
         return  # no recording of ours, which may leave out empty chunks: what it lacks says the schema
     root = zarr.open_group(path, mode="r")
     arrays = {name: node for name, node in root.members(max_depth=None) if isinstance(node, zarr.Array)}

@@ -19,7 +19,7 @@ from tests.random_models import random_ids, random_model
 
 @pytest.fixture
 def trace():
-    everything = RoutingSpec(all_logits=True, next_token_loss=True)
+    everything = RoutingSpec(all_logits=True, next_token_loss=True, expert_outputs=True)
     return probe.record(
         random_model(), random_ids(9, 0, 4), domains=["a b", "<c>", "ü"], routing=everything, progress=False
     )
@@ -82,7 +82,9 @@ def test_saving_through_a_link_replaces_what_it_points_to(trace, tmp_path):
     assert probe.open(path).load().identical(shorter)
 
 
-@pytest.mark.parametrize("array", ["routing/expert_index", "routing/router_margin", "routing/position", "samples/name"])
+@pytest.mark.parametrize(
+    "array", ["routing/expert_index", "routing/router_margin", "experts/output_max", "samples/name"]
+)
 def test_a_missing_chunk_is_noticed(trace, tmp_path, array):
     path = probe.save(trace, tmp_path / "run.zarr")
     shutil.rmtree(path / array / "c")
@@ -147,11 +149,51 @@ def change(group, **variables):
         (change("samples", n_tokens=("sample", np.array([9, 0, 5], "u4"))), "counts 14 tokens but /routing holds 13"),
         (change("samples", row_offset=("sample", np.array([0, 1, 2], "u8"))), "row_offset"),
         (change("samples", expert_count=(("sample", "layer", "expert"), np.zeros((3, 6, 6), "u4"))), "expert_count"),
+        (
+            change("experts", saliency_sum=(("sample", "layer", "expert"), np.ones((3, 6, 6), "f4"))),
+            "saliency_sum is not",
+        ),
+        (
+            change("experts", output_norm_sum=(("sample", "layer", "expert"), np.ones((3, 6, 6), "f4"))),
+            "norm_sum is not",
+        ),
+        (
+            change("experts", output_max=(("sample", "layer", "expert"), np.zeros((3, 6, 6), "f4"))),
+            "is not NaN exactly",
+        ),
+        (
+            change("experts", output_max=(("sample", "layer", "expert"), np.full((3, 6, 6), np.nan, "f4"))),
+            "not NaN exactly",
+        ),
+        (change("experts", layer=("layer", [1, 2, 3, 4, 5, 6])), "/experts and /samples name different layers"),
+        (change("experts", sample=("sample", [2, 1, 0])), "/experts and /samples name different samples"),
+        (
+            lambda trace: trace.assign({"experts": xr.DataTree(trace["experts"].to_dataset().drop_vars("output_max"))}),
+            "/experts/output_max is missing",
+        ),
     ],
 )
 def test_validate_names_what_is_wrong(trace, break_it, message):
     with pytest.raises((probe.SchemaError, ValueError), match=message):
         schema.validate(break_it(trace))
+
+
+def test_a_recording_without_expert_outputs_is_whole_and_says_how_to_record_them(trace, tmp_path):
+    without = trace.drop_nodes("experts")
+    schema.validate(without)
+    reopened = probe.open(probe.save(without, tmp_path / "run.zarr"))
+    assert reopened.load().identical(without)
+    with pytest.raises(probe.SchemaError, match=r"no /experts group.*RoutingSpec\(expert_outputs=True\)"):
+        schema.group(reopened, "experts")
+    xr.testing.assert_identical(schema.group(trace, "experts"), trace["experts"].to_dataset())
+
+
+def test_outputs_that_are_not_numbers_are_told_from_experts_without_a_token(trace):
+    experts = trace["experts"].to_dataset().copy(deep=True)
+    sample, layer, expert = np.argwhere(trace["samples"]["expert_count"].values)[0]
+    for name in ("saliency_sum", "output_norm_sum", "output_max"):
+        experts[name][sample, layer, expert] = np.nan
+    schema.validate(trace.assign({"experts": xr.DataTree(experts)}))
 
 
 def test_a_truncated_store_is_told_from_a_whole_one(trace, tmp_path):
