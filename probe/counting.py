@@ -4,23 +4,58 @@ from __future__ import annotations
 
 import numpy as np
 
+CELLS_AT_ONCE = 1 << 16
+"""Decisions that are counted at once: their 8-byte cell numbers stay in a core's cache."""
 
-def count(index: np.ndarray, code: np.ndarray, *, n_codes: int, n_values: int) -> np.ndarray:
+MOST_CELLS_AT_ONCE = 1 << 22
+"""At most so many, where the table of values is larger than that cache."""
+
+
+def count(index: np.ndarray, code: np.ndarray | None = None, *, n_codes: int = 1, n_values: int) -> np.ndarray:
     """How often each value occurs among the tokens of each code.
 
     Parameters
     ----------
     index : integers (token, layer, slot) from 0 to ``n_values - 1``.
-    code : the row of the result that a token counts in (its group, its document), (token,), from 0 to ``n_codes - 1``.
+    code : the row of the result that a token counts in (its group, its document), (token,), from 0 to ``n_codes - 1``;
+        all tokens count in row 0 where it is None.
     n_codes, n_values : sizes of the result.
 
     Returns
     -------
     int64 (code, layer, value). The counts of two blocks of tokens add up to the counts of both.
     """
-    n_layers = index.shape[1]
+    n_tokens, n_layers, n_slots = index.shape
+    per_code = n_layers * n_values
     counts = np.zeros((n_codes, n_layers, n_values), np.int64)
-    for layer in range(n_layers):
-        cell = code.astype(np.int64)[:, None] * n_values + index[:, layer]
-        counts[:, layer] = np.bincount(cell.ravel(), minlength=n_codes * n_values).reshape(n_codes, n_values)
+    first_cell = (np.arange(n_layers) * n_values)[:, None]
+    # A piece is no smaller than the table of one code: making and adding a table must not cost more than counting.
+    at_once = max(max(CELLS_AT_ONCE, min(per_code, MOST_CELLS_AT_ONCE)) // max(n_layers * n_slots, 1), 1)
+    for start in range(0, n_tokens, at_once):
+        piece = slice(start, start + at_once)
+        cell = index[piece] + first_cell
+        if code is None:
+            counts[0] += np.bincount(cell.ravel(), minlength=per_code).reshape(n_layers, n_values)
+        else:
+            _count_piece(counts, cell, code[piece].astype(np.int64))
     return counts
+
+
+def _count_piece(counts: np.ndarray, cell: np.ndarray, code: np.ndarray) -> None:
+    """Add the cells (token, layer, slot) of a piece to ``counts`` (code, layer, value)."""
+    per_code = counts[0].size
+    enough = 4 * cell.size  # cells of a table that may be made anew for one piece
+    if counts.size <= max(enough, CELLS_AT_ONCE):
+        cell += (code * per_code)[:, None, None]
+        counts += np.bincount(cell.ravel(), minlength=counts.size).reshape(counts.shape)
+        return
+    # Documents stand one after another: a piece of a large table holds few of them, each in one run.
+    starts = np.concatenate([[0], np.flatnonzero(code[1:] != code[:-1]) + 1])
+    if len(starts) * per_code <= enough:
+        run = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(code)))
+        cell += (run * per_code)[:, None, None]
+        found = np.bincount(cell.ravel(), minlength=len(starts) * per_code)
+        np.add.at(counts, code[starts], found.reshape(len(starts), *counts.shape[1:]))
+    else:
+        cell += (code * per_code)[:, None, None]
+        np.add.at(counts.reshape(-1), cell.ravel(), 1)

@@ -33,10 +33,13 @@ def save(recording: xr.DataTree, path: str | Path) -> Path:
     if place.exists() and not _is_recording(place):
         raise StoreError(f"{path} exists and is not a recording: choose another path, or move it away")
     place.parent.mkdir(parents=True, exist_ok=True)
+    recording, encoding = _chunked(recording)
     with tempfile.TemporaryDirectory(prefix=f"{place.name}.", suffix=".unfinished", dir=place.parent) as unfinished:
         new, old = Path(unfinished, "new"), Path(unfinished, "old")
         # Empty chunks are written too: one that is missing then means that the store is damaged.
-        recording.to_zarr(new, mode="w", zarr_format=3, consolidated=False, write_empty_chunks=True)
+        recording.to_zarr(
+            new, mode="w", zarr_format=3, consolidated=False, write_empty_chunks=True, encoding=encoding
+        )
         if place.exists():
             place.rename(old)
         new.rename(place)
@@ -61,10 +64,40 @@ def open(path: str | Path) -> xr.DataTree:  # noqa: A001 - the public name is pr
     try:
         recording = xr.open_datatree(path, engine="zarr", consolidated=False, chunks={})
         _refuse_damage(path, recording)
+        recording = recording.map_over_datasets(_with_labels)
         schema.validate(recording)
     except (OSError, ValueError, KeyError, RuntimeError, zarr.errors.BaseZarrError) as error:
         raise StoreError(f"{path} is not a Zarr store that probe can read: {error}") from error
     return recording
+
+
+def _chunked(recording: xr.DataTree) -> tuple[xr.DataTree, dict[str, dict[str, dict[str, tuple[int, ...]]]]]:
+    """The recording, and how each variable of ``/routing`` is cut: one layer a chunk, in the blocks that are read."""
+    routing = recording["routing"].to_dataset()
+    of_dim = {"token": schema.ROWS_AT_ONCE, "layer": 1}
+    encoding = {
+        str(name): {"chunks": tuple(max(min(of_dim.get(str(dim), n), n), 1) for dim, n in variable.sizes.items())}
+        for name, variable in routing.variables.items()
+        if "token" in variable.dims
+    }
+    if any(routing[name].chunks for name in encoding):
+        # What was read from a store may be cut in another way.
+        names = {dim: of_dim.get(str(dim), -1) for dim in routing.dims}
+        anew = {name: routing[name].variable.chunk({d: names[d] for d in routing[name].dims}) for name in encoding}
+        recording = recording.copy()
+        recording["routing"] = xr.DataTree(
+            routing.assign({name: anew[name] for name in anew if name in routing.data_vars}).assign_coords(
+                {name: anew[name] for name in anew if name in routing.coords}
+            )
+        )
+    return recording, {"/routing": encoding}
+
+
+def _with_labels(group: xr.Dataset) -> xr.Dataset:
+    """The group with the coords that label its dims in memory, all but those of tokens."""
+    return group.assign_coords(
+        {name: coord.compute() for name, coord in group.coords.items() if "token" not in coord.dims}
+    )
 
 
 def _is_recording(path: Path) -> bool:

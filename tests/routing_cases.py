@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import numpy as np
 import xarray as xr
-from planted import from_experts, from_logits
 
 from probe import routing_stats
+from tests.planted import from_experts, from_logits
 
-STATISTICS = [getattr(routing_stats, name) for name in routing_stats.__all__ if name != "document_load"]
-"""Every statistic of ``/routing``; ``document_load`` reads ``/samples`` and is tested with the explorer."""
+ARGUMENTS = {"capacity": {"tokens_per_batch": 4}, "device_load": {"devices": 1}}
+"""What a statistic must be told."""
+
+ELSEWHERE = (
+    "document_load",
+    "saliency",
+    "super_experts",
+    "flips",
+    "saturation",
+    "compare",
+    "token_contexts",
+    "expert_card",
+)
+"""Those that read another group, or two recordings, or one place: tested in files of their own."""
+
+STATISTICS = [
+    functools.wraps(function)(functools.partial(function, **ARGUMENTS.get(name, {})))
+    for name in routing_stats.__all__
+    if name not in ELSEWHERE
+    for function in [getattr(routing_stats, name)]
+]
+"""Every statistic of ``/routing`` alone."""
+
+NEEDS_TWO_CHOICES = ("coactivation",)
+NEEDS_PROBABILITIES = ("balance_loss",)
+"""Statistics of a whole recording, unless ``/routing`` holds ``all_logits``."""
 
 SPLITTABLE = [function for function in STATISTICS if "by" in inspect.signature(function).parameters]
 RESAMPLING = [function for function in STATISTICS if "n_resamples" in inspect.signature(function).parameters]

@@ -1,0 +1,1 @@
+"""The parts of ``probe.routing_stats``, which is where their functions are called from."""

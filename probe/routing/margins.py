@@ -1,0 +1,327 @@
+"""How clearly and how strongly the router decides; part of ``probe.routing_stats``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from scipy.special import expit
+
+from probe.bootstrap import MIN_DOCUMENTS, Bootstrap, divide, effective_number, share, standard_error
+from probe.routing.rows import By, Routing, Rows, grouped
+from probe.schema import ProbeError
+
+MARGIN_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def margin(
+    routing: Routing, *, by: By = None, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
+) -> xr.Dataset:
+    """How clearly the router decides: weakest chosen minus best not chosen logit.
+
+    Parameters
+    ----------
+    routing : Dataset with ``router_margin`` (token, layer), or a recording that holds it.
+    by : name of a coord on ``token`` to split by, or several names.
+    level : coverage of the intervals.
+    n_resamples : how many times the documents are resampled.
+    seed : of the resampling.
+
+    Returns
+    -------
+    Dataset ([by,] layer): ``mean`` and ``margin`` (…, quantile), the 5th, 25th, 50th, 75th and 95th percentile, with
+    ``margin_lower`` and ``margin_upper`` (NaN for fewer than 5 documents), in logits; ``tie_share``, units "1", the
+    share of decisions with a margin of exactly 0. NaN where there is no margin: every expert is chosen, or the group
+    saw no token.
+
+    Raises
+    ------
+    SchemaError
+        If a variable or coord is missing; names it.
+    ProbeError
+        For a level outside (0, 1) or fewer than two resamples.
+
+    Notes
+    -----
+    Margins are stored in float16, so one below 3e-8 counts as a tie. Quantiles are exact: numpy's, with linear
+    interpolation, of all margins. Their bounds are Woodruff's (1952): the share of decisions at or below the quantile
+    has a standard error over resampled documents, and the quantiles at that share ± t standard errors are the bounds.
+    """
+    bootstrap = Bootstrap(level, n_resamples, seed)
+    rows = grouped(routing, by)
+    values = _Values.of(rows)
+    shape = (rows.n_groups, rows.n_layers)
+    mean, tie_share = np.full((2, *shape), np.nan)
+    quantiles, lower, upper = np.full((3, *shape, len(MARGIN_QUANTILES)), np.nan)
+    for groups, counts in rows.group_tallies(values.places, n_values=values.n_places):
+        counts = counts[..., :-1]  # the last place is that of NaN
+        total = counts.sum(axis=-1)
+        mean[groups] = divide(counts @ values.sorted, total)
+        tie_share[groups] = divide(counts[..., values.sorted == 0].sum(axis=-1), total)
+        cumulative = counts.cumsum(axis=-1)
+        quantiles[groups] = values.quantiles(cumulative, np.broadcast_to(MARGIN_QUANTILES, (*total.shape, 5)))
+        reach = _quantile_errors(rows, values, groups, cumulative, bootstrap)
+        lower[groups] = values.quantiles(cumulative, (MARGIN_QUANTILES - reach).clip(0, 1))
+        upper[groups] = values.quantiles(cumulative, (MARGIN_QUANTILES + reach).clip(0, 1))
+    labels = {"quantile": xr.Variable("quantile", list(MARGIN_QUANTILES), {"long_name": "quantile", "units": "1"})}
+    dims = ("layer", "quantile")
+    return xr.Dataset(
+        {
+            "mean": rows.array(mean, ("layer",), "mean router margin", "logit"),
+            "margin": rows.array(quantiles, dims, "quantile of the router margin", "logit", coords=labels),
+            "margin_lower": rows.array(lower, dims, "lower bound of the quantile", "logit", coords=labels),
+            "margin_upper": rows.array(upper, dims, "upper bound of the quantile", "logit", coords=labels),
+            "tie_share": rows.array(tie_share, ("layer",), "share of decisions with a margin of exactly 0"),
+        },
+        attrs=bootstrap.attributes,
+    )
+
+
+def margin_histogram(routing: Routing, *, bins: int | Sequence[float] = 40, by: By = None) -> xr.DataArray:
+    """Share of routing decisions by margin.
+
+    Parameters
+    ----------
+    routing : Dataset with ``router_margin`` (token, layer), or a recording that holds it.
+    bins : how many equal bins from 0 to the largest margin, the same everywhere; or their edges in logits, rising.
+    by : name of a coord on ``token`` to split by, or several names.
+
+    Returns
+    -------
+    DataArray ([by,] layer, margin_bin), units "1"; sums to 1 over ``margin_bin`` unless given edges leave margins out,
+    NaN where there is no margin. ``margin_bin`` is the centre of a bin, the coords ``margin_from`` and ``margin_to``
+    are its edges (logit). A bin holds its lower edge, the last one its upper edge too.
+
+    Raises
+    ------
+    SchemaError
+        If a variable or coord is missing; names it.
+    ProbeError
+        For fewer than one bin, or edges that do not rise.
+    """
+    rows = grouped(routing, by)
+    values = _Values.of(rows)
+    edges = _margin_edges(values.sorted, bins)
+    n_bins = len(edges) - 1
+    # Values are sorted, so a bin is a run of them: from the first at or above its edge to the last below the next.
+    first = np.searchsorted(values.sorted, edges, side="left")
+    first[-1] = np.searchsorted(values.sorted, edges[-1], side="right")
+    shares = np.empty((rows.n_groups, rows.n_layers, n_bins))
+    for groups, counts in rows.group_tallies(values.places, n_values=values.n_places):
+        below = np.pad(counts[..., :-1].cumsum(axis=-1), ((0, 0), (0, 0), (1, 0)))
+        shares[groups] = divide(np.diff(below[..., first], axis=-1), below[..., -1:])
+    columns = {
+        "margin_bin": ((edges[:-1] + edges[1:]) / 2, "router margin, centre of the bin"),
+        "margin_from": (edges[:-1], "lower edge of the bin"),
+        "margin_to": (edges[1:], "upper edge of the bin"),
+    }
+    labels = {
+        name: xr.Variable("margin_bin", values, {"long_name": long_name, "units": "logit"})
+        for name, (values, long_name) in columns.items()
+    }
+    return rows.array(shares, ("layer", "margin_bin"), "share of decisions", coords=labels).rename("margin_histogram")
+
+
+def gate_histogram(routing: Routing, *, bins: int = 20, by: By = None) -> xr.Dataset:
+    """How strongly an expert's tokens are gated: the gates of its tokens in equal bins from 0 to 1.
+
+    Parameters
+    ----------
+    routing : Dataset with ``expert_index`` and ``router_logit`` (token, layer, slot), or a recording that holds it.
+    bins : how many.
+    by : name of a coord on ``token`` to split by, or several names.
+
+    Returns
+    -------
+    Dataset ([by,] layer, expert, gate_bin): ``count``, in assignments; ``share`` of the expert's assignments, units
+    "1", NaN for an expert without a token. ``gate_bin`` is the centre of a bin, the coords ``gate_from`` and
+    ``gate_to`` are its edges; a bin holds its lower edge, the last one 1 too.
+
+    Raises
+    ------
+    SchemaError
+        If a variable or coord is missing; names it.
+    ProbeError
+        For fewer than one bin.
+
+    Notes
+    -----
+    Llama 4's gate is the sigmoid of the chosen expert's raw logit; it scales what the expert is given.
+    """
+    if bins < 1:
+        raise ProbeError(f"bins is {bins}, it must be at least 1")
+    rows = grouped(routing, by)
+
+    def tally(block: Rows) -> np.ndarray:
+        gate = expit(block.values("router_logit").astype(np.float32))
+        return block.chosen * bins + np.minimum((gate * bins).astype(np.int64), bins - 1)
+
+    counts = np.zeros((rows.n_groups, rows.n_layers, rows.n_experts, bins), np.int64)
+    for groups, tallied in rows.group_tallies(tally, n_values=rows.n_experts * bins):
+        counts[groups] = tallied.reshape(len(groups), *counts.shape[1:])
+    edges = np.linspace(0, 1, bins + 1)
+    columns = {
+        "gate_bin": ((edges[:-1] + edges[1:]) / 2, "gate, centre of the bin"),
+        "gate_from": (edges[:-1], "lower edge of the bin"),
+        "gate_to": (edges[1:], "upper edge of the bin"),
+    }
+    labels = {
+        name: xr.Variable("gate_bin", values, {"long_name": long_name, "units": "1"})
+        for name, (values, long_name) in columns.items()
+    }
+    dims = ("layer", "expert", "gate_bin")
+    return xr.Dataset(
+        {
+            "count": rows.array(counts, dims, "assignments", "assignment", coords=labels),
+            "share": rows.array(share(counts), dims, "share of the expert's assignments", coords=labels),
+        }
+    )
+
+
+def z_loss(
+    routing: Routing, *, by: By = None, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
+) -> xr.Dataset:
+    """How large the router's logits are: the mean square of their log-sum-exp.
+
+    Parameters
+    ----------
+    routing : Dataset with ``logit_logsumexp`` (token, layer), or a recording that holds it.
+    by : name of a coord on ``token`` to split by, or several names.
+    level : coverage of the interval.
+    n_resamples : how many times the documents are resampled.
+    seed : of the resampling.
+
+    Returns
+    -------
+    Dataset ([by,] layer) of ``z_loss``, ``lower`` and ``upper`` (NaN for fewer than 5 documents), units "logit²", and
+    ``n_documents`` ([by]).
+
+    Raises
+    ------
+    SchemaError
+        If a variable or coord is missing; names it.
+    ProbeError
+        For a level outside (0, 1) or fewer than two resamples.
+
+    Notes
+    -----
+    mean over tokens of (log Σ_e exp x_e)². Zoph et al. 2022 (ST-MoE), Eq. 5, without its coefficient.
+    """
+    bootstrap = Bootstrap(level, n_resamples, seed)
+    rows = grouped(routing, by)
+    z_loss, lower, upper = np.full((3, rows.n_groups, rows.n_layers), np.nan)
+    n_documents = np.zeros(rows.n_groups, np.int64)
+    for group, tokens, squares in rows.document_sums(_squares, n_columns=1):
+        z_loss[group] = divide(squares[..., 0].sum(axis=0), tokens.sum())
+        lower[group], upper[group] = bootstrap.ratio_interval(squares[..., 0], tokens[:, None])
+        n_documents[group] = len(tokens)
+    return xr.Dataset(
+        {
+            "z_loss": rows.array(z_loss, ("layer",), "mean squared log-sum-exp of the logits", "logit²"),
+            "lower": rows.array(lower, ("layer",), "lower bound of the z-loss", "logit²"),
+            "upper": rows.array(upper, ("layer",), "upper bound of the z-loss", "logit²"),
+            "n_documents": rows.array(n_documents, (), "documents with a token", "document"),
+        },
+        attrs=bootstrap.attributes,
+    )
+
+
+def _squares(block: Rows) -> np.ndarray:
+    """The squared log-sum-exp, (token, layer, 1)."""
+    return np.square(block.values("logit_logsumexp"), dtype=np.float64)[..., None]
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The margins that occur. There are at most 65,536 of them in float16, so they are counted, not sorted."""
+
+    sorted: np.ndarray
+    """float64, ascending."""
+    place_of_bits: np.ndarray
+    """(65536,) place in ``sorted`` of the float16 with these bits; one more than the last for NaN."""
+
+    @classmethod
+    def of(cls, rows: Rows) -> _Values:
+        seen = np.zeros(1 << 16, bool)
+        for block in rows.blocks("router_margin"):
+            seen[_bits(block)] = True
+        bits = np.flatnonzero(seen).astype(np.uint16)
+        margins = bits.view(np.float16).astype(np.float64)
+        # -0 and 0 are one value, as all NaNs are
+        values = np.unique(margins[~np.isnan(margins)])
+        place = np.zeros(1 << 16, np.uint16 if len(values) < 1 << 16 else np.uint32)
+        place[bits] = np.where(np.isnan(margins), len(values), np.searchsorted(values, margins))
+        return cls(values, place)
+
+    @property
+    def n_places(self) -> int:
+        return len(self.sorted) + 1
+
+    def places(self, block: Rows) -> np.ndarray:
+        """Place of each margin, (token, layer, 1)."""
+        return self.place_of_bits[_bits(block)][..., None]
+
+    def quantiles(self, cumulative: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """Quantiles (…, quantile) at ``levels`` (…, quantile) from cumulative counts (…, value), linear between."""
+        result = np.full(levels.shape, np.nan)
+        for cell in np.ndindex(cumulative.shape[:-1]):
+            total = cumulative[cell][-1] if cumulative.shape[-1] else 0
+            if total == 0 or np.isnan(levels[cell]).any():
+                continue
+            rank = levels[cell] * (total - 1)
+            below, above = (
+                np.searchsorted(cumulative[cell], edge, side="right") for edge in (np.floor(rank), np.ceil(rank))
+            )
+            low, high = self.sorted[below], self.sorted[above]
+            result[cell] = low + (rank - np.floor(rank)) * (high - low)
+        return result
+
+
+def _bits(block: Rows) -> np.ndarray:
+    return block.values("router_margin").astype(np.float16, copy=False).view(np.uint16)
+
+
+def _quantile_errors(
+    rows: Rows, values: _Values, groups: range, cumulative: np.ndarray, bootstrap: Bootstrap
+) -> np.ndarray:
+    """How far the share of decisions at or below each quantile may be off, t standard errors (group, layer, quantile).
+
+    NaN for fewer than 5 documents.
+    """
+    n_quantiles = len(MARGIN_QUANTILES)
+    total = cumulative[..., -1:] if cumulative.shape[-1] else np.zeros((*cumulative.shape[:2], 1))
+    # How many of the quantiles lie below each value; NaN is one more than all
+    passed = np.full((*cumulative.shape[:2], values.n_places), n_quantiles + 1, np.uint8)
+    passed[..., :-1] = 0
+    before = cumulative - np.diff(cumulative, prepend=0, axis=-1)
+    for quantile in MARGIN_QUANTILES:
+        passed[..., :-1] += before > np.floor(quantile * (total - 1))
+
+    def tally(block: Rows) -> tuple[slice, np.ndarray]:
+        group = np.clip(block.group.astype(np.int64) - groups.start, 0, len(groups) - 1)
+        layer = np.arange(rows.n_layers)
+        return slice(None), passed[group[:, None], layer, values.places(block)[..., 0]][..., None]
+
+    reach = np.full((len(groups), rows.n_layers, n_quantiles), np.nan)
+    for group, _, per_document in rows.documents(tally, n_values=n_quantiles + 2, groups=groups):
+        counts = per_document[..., : n_quantiles + 1]
+        if len(counts) < MIN_DOCUMENTS:
+            continue
+        drawn = share(bootstrap.resample(counts)).cumsum(axis=-1)[..., :n_quantiles]
+        n_effective = effective_number(counts.sum(axis=-1))[:, None]
+        reach[group - groups.start] = bootstrap.t(n_effective) * standard_error(drawn, n_effective)
+    return reach
+
+
+def _margin_edges(margins: np.ndarray, bins: int | Sequence[float]) -> np.ndarray:
+    if isinstance(bins, int | np.integer):
+        if bins < 1:
+            raise ProbeError(f"bins is {bins}, it must be at least 1")
+        largest = margins[-1] if len(margins) else 0.0
+        return np.linspace(0, largest or 1, bins + 1)
+    edges = np.asarray(bins, float)
+    if edges.ndim != 1 or len(edges) < 2 or not np.all(np.diff(edges) > 0):
+        raise ProbeError(f"bins must be a number or at least two rising edges, got {bins!r}")
+    return edges
