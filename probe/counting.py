@@ -25,20 +25,25 @@ def count(index: np.ndarray, code: np.ndarray | None = None, *, n_codes: int = 1
     -------
     int64 (code, layer, value). The counts of two blocks of tokens add up to the counts of both.
     """
+    counts = np.zeros((n_codes, index.shape[1], n_values), np.int64)
+    add_counts(counts, index, code)
+    return counts
+
+
+def add_counts(counts: np.ndarray, index: np.ndarray, code: np.ndarray | None = None) -> None:
+    """Count as :func:`count` does, on top of ``counts`` (code, layer, value)."""
     n_tokens, n_layers, n_slots = index.shape
-    per_code = n_layers * n_values
-    counts = np.zeros((n_codes, n_layers, n_values), np.int64)
-    first_cell = (np.arange(n_layers) * n_values)[:, None]
+    per_code = counts[0].size if len(counts) else 0
+    first_cell = (np.arange(n_layers) * counts.shape[2])[:, None]
     # A piece is no smaller than the table of one code: making and adding a table must not cost more than counting.
     at_once = max(max(CELLS_AT_ONCE, min(per_code, MOST_CELLS_AT_ONCE)) // max(n_layers * n_slots, 1), 1)
     for start in range(0, n_tokens, at_once):
         piece = slice(start, start + at_once)
         cell = index[piece] + first_cell
         if code is None:
-            counts[0] += np.bincount(cell.ravel(), minlength=per_code).reshape(n_layers, n_values)
+            counts[0] += np.bincount(cell.ravel(), minlength=per_code).reshape(counts[0].shape)
         else:
             _count_piece(counts, cell, code[piece].astype(np.int64))
-    return counts
 
 
 def _count_piece(counts: np.ndarray, cell: np.ndarray, code: np.ndarray) -> None:

@@ -24,6 +24,9 @@ ROWS_OF_TABLE = 1 << 18
 SUBSET_CELLS = 1 << 24
 """Sets of experts are counted in a table of at most so many cells; where there may be more, by sorting."""
 
+MOST_CHOICES = 8
+"""Experts of a token up to which all sets of them are counted."""
+
 
 def repetition(
     routing: Routing, *, by: By = None, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
@@ -58,8 +61,8 @@ def repetition(
     and the first that was generated included. The nulls draw both tokens independently from the group's tokens, so
     that uneven load does not pass for repetition: ``null`` is the sum over experts of squared first-choice shares,
     which is 1/E only under a uniform router. ``either_null`` is exact for the recorded sets, by inclusion and
-    exclusion: the sum over j = 1 … k, and over sets S of j experts, of (-1)^(j+1) P(S was chosen)²; NaN where there
-    are more sets than 64 bits can number.
+    exclusion: the sum over j = 1 … k, and over sets S of j experts, of (-1)^(j+1) P(S was chosen)²; NaN where k is
+    over 8, since the sets of one token are 2^k, or where there are more sets than 64 bits can number.
     """
     bootstrap = Bootstrap(level, n_resamples, seed)
     rows = grouped(routing, by)
@@ -236,6 +239,10 @@ def _intersection_chances(rows: Rows) -> np.ndarray:
     """The chance that the sets of two tokens, drawn independently from a group, intersect: (group, layer)."""
     chances = np.zeros((rows.n_groups, rows.n_layers))
     n_tokens = np.bincount(rows.group, minlength=rows.n_groups)[:, None]
+    if 2 * rows.top_k > rows.n_experts:  # there is no room for two sets side by side
+        return np.where(n_tokens > 0, 1.0, np.nan) + chances
+    if rows.top_k > MOST_CHOICES:
+        return np.full(chances.shape, np.nan)
     for size in range(1, rows.top_k + 1):
         n_subsets = comb(rows.n_experts, size)
         if n_subsets * rows.n_groups >= 2**63:

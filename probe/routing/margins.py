@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import xarray as xr
@@ -51,20 +52,15 @@ def margin(
     """
     bootstrap = Bootstrap(level, n_resamples, seed)
     rows = grouped(routing, by)
-    values = _Values.of(rows)
     shape = (rows.n_groups, rows.n_layers)
     mean, tie_share = np.full((2, *shape), np.nan)
     quantiles, lower, upper = np.full((3, *shape, len(MARGIN_QUANTILES)), np.nan)
-    for groups, counts in rows.group_tallies(values.places, n_values=values.n_places):
-        counts = counts[..., :-1]  # the last place is that of NaN
-        total = counts.sum(axis=-1)
-        mean[groups] = divide(counts @ values.sorted, total)
-        tie_share[groups] = divide(counts[..., values.sorted == 0].sum(axis=-1), total)
-        cumulative = counts.cumsum(axis=-1)
-        quantiles[groups] = values.quantiles(cumulative, np.broadcast_to(MARGIN_QUANTILES, (*total.shape, 5)))
-        reach = _quantile_errors(rows, values, groups, cumulative, bootstrap)
-        lower[groups] = values.quantiles(cumulative, (MARGIN_QUANTILES - reach).clip(0, 1))
-        upper[groups] = values.quantiles(cumulative, (MARGIN_QUANTILES + reach).clip(0, 1))
+    for groups, found in _margins(rows):
+        mean[groups] = divide(found.counts @ found.values, found.total)
+        tie_share[groups] = divide(found.counts[..., found.values == 0].sum(axis=-1), found.total)
+        quantiles[groups] = found.quantiles(np.zeros(1))
+        reach = _quantile_errors(rows, groups, found, bootstrap)
+        lower[groups], upper[groups] = found.quantiles(-reach), found.quantiles(reach)
     labels = {"quantile": xr.Variable("quantile", list(MARGIN_QUANTILES), {"long_name": "quantile", "units": "1"})}
     dims = ("layer", "quantile")
     return xr.Dataset(
@@ -102,16 +98,14 @@ def margin_histogram(routing: Routing, *, bins: int | Sequence[float] = 40, by: 
         For fewer than one bin, or edges that do not rise.
     """
     rows = grouped(routing, by)
-    values = _Values.of(rows)
-    edges = _margin_edges(values.sorted, bins)
-    n_bins = len(edges) - 1
-    # Values are sorted, so a bin is a run of them: from the first at or above its edge to the last below the next.
-    first = np.searchsorted(values.sorted, edges, side="left")
-    first[-1] = np.searchsorted(values.sorted, edges[-1], side="right")
-    shares = np.empty((rows.n_groups, rows.n_layers, n_bins))
-    for groups, counts in rows.group_tallies(values.places, n_values=values.n_places):
-        below = np.pad(counts[..., :-1].cumsum(axis=-1), ((0, 0), (0, 0), (1, 0)))
-        shares[groups] = divide(np.diff(below[..., first], axis=-1), below[..., -1:])
+    edges = _margin_edges(rows, bins)
+    shares = np.empty((rows.n_groups, rows.n_layers, len(edges) - 1))
+    for groups, found in _margins(rows):
+        # Values are sorted, so a bin is a run of them: from the first at or above its edge to the last below the next.
+        first = np.searchsorted(found.values, edges, side="left")
+        first[-1] = np.searchsorted(found.values, edges[-1], side="right")
+        below = np.pad(found.cumulative, ((0, 0), (0, 0), (1, 0)))
+        shares[groups] = divide(np.diff(below[..., first], axis=-1), found.total[..., None])
     columns = {
         "margin_bin": ((edges[:-1] + edges[1:]) / 2, "router margin, centre of the bin"),
         "margin_from": (edges[:-1], "lower edge of the bin"),
@@ -234,77 +228,76 @@ def _squares(block: Rows) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Values:
-    """The margins that occur. There are at most 65,536 of them in float16, so they are counted, not sorted."""
+class _Margins:
+    """The margins of some groups. There are at most 65,536 of them in float16, so they are counted, not sorted."""
 
-    sorted: np.ndarray
-    """float64, ascending."""
-    place_of_bits: np.ndarray
-    """(65536,) place in ``sorted`` of the float16 with these bits; one more than the last for NaN."""
+    values: np.ndarray
+    """(value,) float64, those that occur, ascending; NaN is left out."""
+    bits: np.ndarray
+    """(value,) uint16, the same as they are stored."""
+    counts: np.ndarray
+    """int64 (group, layer, value)."""
 
-    @classmethod
-    def of(cls, rows: Rows) -> _Values:
-        seen = np.zeros(1 << 16, bool)
-        for block in rows.blocks("router_margin"):
-            seen[_bits(block)] = True
-        bits = np.flatnonzero(seen).astype(np.uint16)
-        margins = bits.view(np.float16).astype(np.float64)
-        # -0 and 0 are one value, as all NaNs are
-        values = np.unique(margins[~np.isnan(margins)])
-        place = np.zeros(1 << 16, np.uint16 if len(values) < 1 << 16 else np.uint32)
-        place[bits] = np.where(np.isnan(margins), len(values), np.searchsorted(values, margins))
-        return cls(values, place)
+    @cached_property
+    def cumulative(self) -> np.ndarray:
+        """How many margins are at most the value, (group, layer, value)."""
+        return self.counts.cumsum(axis=-1)
 
-    @property
-    def n_places(self) -> int:
-        return len(self.sorted) + 1
+    @cached_property
+    def total(self) -> np.ndarray:
+        """How many margins there are, (group, layer)."""
+        return self.counts.sum(axis=-1)
 
-    def places(self, block: Rows) -> np.ndarray:
-        """Place of each margin, (token, layer, 1)."""
-        return self.place_of_bits[_bits(block)][..., None]
-
-    def quantiles(self, cumulative: np.ndarray, levels: np.ndarray) -> np.ndarray:
-        """Quantiles (…, quantile) at ``levels`` (…, quantile) from cumulative counts (…, value), linear between."""
+    def quantiles(self, offset: np.ndarray) -> np.ndarray:
+        """``MARGIN_QUANTILES`` (group, layer, quantile), each moved by ``offset``, linear between values as numpy's."""
+        levels = np.broadcast_to((MARGIN_QUANTILES + offset).clip(0, 1), (*self.total.shape, len(MARGIN_QUANTILES)))
         result = np.full(levels.shape, np.nan)
-        for cell in np.ndindex(cumulative.shape[:-1]):
-            total = cumulative[cell][-1] if cumulative.shape[-1] else 0
-            if total == 0 or np.isnan(levels[cell]).any():
-                continue
-            rank = levels[cell] * (total - 1)
-            below, above = (
-                np.searchsorted(cumulative[cell], edge, side="right") for edge in (np.floor(rank), np.ceil(rank))
+        for cell in zip(*np.nonzero((self.total > 0) & ~np.isnan(levels).any(axis=-1)), strict=True):
+            rank = levels[cell] * (self.total[cell] - 1)
+            low, high = (
+                self.values[np.searchsorted(self.cumulative[cell], edge, side="right")]
+                for edge in (np.floor(rank), np.ceil(rank))
             )
-            low, high = self.sorted[below], self.sorted[above]
             result[cell] = low + (rank - np.floor(rank)) * (high - low)
         return result
 
 
+def _margins(rows: Rows) -> Iterator[tuple[range, _Margins]]:
+    """The margins of all groups, for a run of them at a time."""
+    for groups, counts in rows.group_tallies(lambda block: _bits(block)[..., None], n_values=1 << 16):
+        bits = np.flatnonzero(counts.any(axis=(0, 1))).astype(np.uint16)
+        values = bits.view(np.float16).astype(np.float64)
+        order = np.argsort(values)[: np.count_nonzero(~np.isnan(values))]  # NaN comes last
+        yield groups, _Margins(values[order], bits[order], counts[..., bits[order]])
+
+
 def _bits(block: Rows) -> np.ndarray:
+    """The margins (token, layer) as they are stored, uint16."""
     return block.values("router_margin").astype(np.float16, copy=False).view(np.uint16)
 
 
-def _quantile_errors(
-    rows: Rows, values: _Values, groups: range, cumulative: np.ndarray, bootstrap: Bootstrap
-) -> np.ndarray:
+def _quantile_errors(rows: Rows, groups: range, found: _Margins, bootstrap: Bootstrap) -> np.ndarray:
     """How far the share of decisions at or below each quantile may be off, t standard errors (group, layer, quantile).
 
     NaN for fewer than 5 documents.
     """
     n_quantiles = len(MARGIN_QUANTILES)
-    total = cumulative[..., -1:] if cumulative.shape[-1] else np.zeros((*cumulative.shape[:2], 1))
-    # How many of the quantiles lie below each value; NaN is one more than all
-    passed = np.full((*cumulative.shape[:2], values.n_places), n_quantiles + 1, np.uint8)
-    passed[..., :-1] = 0
-    before = cumulative - np.diff(cumulative, prepend=0, axis=-1)
-    for quantile in MARGIN_QUANTILES:
-        passed[..., :-1] += before > np.floor(quantile * (total - 1))
+    # How many of the quantiles lie below a margin, looked up by its bits; NaN counts as one more than all
+    passed = np.full((*found.total.shape, 1 << 16), n_quantiles + 1, np.uint8)
+    below = found.cumulative - found.counts
+    passed[..., found.bits] = sum(
+        (below > np.floor(quantile * (found.total - 1))[..., None]).astype(np.uint8) for quantile in MARGIN_QUANTILES
+    )
+    flat, first = passed.ravel(), np.arange(rows.n_layers) << 16
 
     def tally(block: Rows) -> tuple[slice, np.ndarray]:
-        group = np.clip(block.group.astype(np.int64) - groups.start, 0, len(groups) - 1)
-        layer = np.arange(rows.n_layers)
-        return slice(None), passed[group[:, None], layer, values.places(block)[..., 0]][..., None]
+        place = _bits(block) + first
+        if len(groups) > 1:
+            group = np.clip(block.group.astype(np.int64) - groups.start, 0, len(groups) - 1)
+            place += (group * rows.n_layers << 16)[:, None]
+        return slice(None), flat.take(place)[..., None]
 
-    reach = np.full((len(groups), rows.n_layers, n_quantiles), np.nan)
+    reach = np.full((*found.total.shape, n_quantiles), np.nan)
     for group, _, per_document in rows.documents(tally, n_values=n_quantiles + 2, groups=groups):
         counts = per_document[..., : n_quantiles + 1]
         if len(counts) < MIN_DOCUMENTS:
@@ -315,11 +308,12 @@ def _quantile_errors(
     return reach
 
 
-def _margin_edges(margins: np.ndarray, bins: int | Sequence[float]) -> np.ndarray:
+def _margin_edges(rows: Rows, bins: int | Sequence[float]) -> np.ndarray:
     if isinstance(bins, int | np.integer):
         if bins < 1:
             raise ProbeError(f"bins is {bins}, it must be at least 1")
-        largest = margins[-1] if len(margins) else 0.0
+        largest = max((float(np.fmax.reduce(block.values("router_margin"), axis=None, initial=0.0)) for block in
+                       rows.blocks("router_margin")), default=0.0)  # fmt: skip
         return np.linspace(0, largest or 1, bins + 1)
     edges = np.asarray(bins, float)
     if edges.ndim != 1 or len(edges) < 2 or not np.all(np.diff(edges) > 0):

@@ -16,7 +16,7 @@ import xarray as xr
 from dask.base import compute
 
 from probe import schema
-from probe.counting import count
+from probe.counting import add_counts
 from probe.schema import ROWS_AT_ONCE, SchemaError
 
 Routing = xr.Dataset | xr.DataTree
@@ -50,6 +50,8 @@ class Rows:
     """Labels of the groups, one dim for each name in ``by``; the groups are numbered in row-major order."""
     start: int = 0
     """Where in ``/routing`` the first of these rows stands."""
+    n_ahead: int = 0
+    """How many of these rows, at the end, belong to the next block."""
     stretch: _Stretch | None = None
     """What was read of ``/routing`` around these rows; None for all rows, which are not read."""
 
@@ -82,6 +84,10 @@ class Rows:
     def _group_shape(self) -> tuple[int, ...]:
         return tuple(coord.size for coord in self.group_coords.values())
 
+    @property
+    def _rows_of_block(self) -> int:
+        return CELLS_OF_BLOCK // max(self.n_layers * self.top_k, 1)
+
     def values(self, name: str) -> np.ndarray:
         """A variable of a block, with the dims of the schema, or a SchemaError where it is missing.
 
@@ -111,21 +117,20 @@ class Rows:
         at_once : rows of a block, at most ``ROWS_AT_ONCE``; so many that they fit into a core's cache unless given.
         """
         schema.require(self.routing, *names)
-        at_once = CELLS_OF_BLOCK // max(self.n_layers * self.top_k, 1) if at_once is None else at_once
-        at_once = min(max(at_once, 1), ROWS_AT_ONCE)
+        at_once = min(max(self._rows_of_block if at_once is None else at_once, 1), ROWS_AT_ONCE)
         for first in range(0, self.n_tokens, ROWS_AT_ONCE):
             last = min(first + ROWS_AT_ONCE, self.n_tokens)
             stretch = _Stretch(self.routing.isel(token=slice(first, last + ahead)), first)
             for start in range(first, last, at_once):
-                group = self.group[start : min(start + at_once, last) + ahead]
-                yield Rows(self.routing, group, self.group_coords, start, stretch)
+                stop = min(start + at_once, last)
+                group = self.group[start : stop + ahead]
+                yield Rows(self.routing, group, self.group_coords, start, len(group) - (stop - start), stretch)
 
     def group_counts(self) -> np.ndarray:
         """Assignments (group, layer, expert)."""
         counts = np.zeros((self.n_groups, self.n_layers, self.n_experts), np.int64)
         for block in self.blocks("expert_index"):
-            code = block.group if self.n_groups > 1 else None
-            counts += count(block.chosen, code, n_codes=self.n_groups, n_values=self.n_experts)
+            add_counts(counts, block.chosen, block.group if self.n_groups > 1 else None)
         return counts
 
     def group_tallies(
@@ -142,14 +147,15 @@ class Rows:
         for first in range(0, self.n_groups, at_once):
             groups = range(first, min(first + at_once, self.n_groups))
             counts = np.zeros((len(groups), self.n_layers, n_values), np.int64)
-            for block in self.blocks():
+            # A block has no fewer rows than there are values: adding a table up must not cost more than counting.
+            for block in self.blocks(at_once=max(self._rows_of_block, n_values)):
                 index = tally(block)
                 if self.n_groups == 1:
-                    counts += count(index, n_values=n_values)
+                    add_counts(counts, index)
                     continue
                 inside = np.flatnonzero((block.group >= groups.start) & (block.group < groups.stop))
                 code = block.group[inside].astype(np.int64) - groups.start
-                counts += count(index[inside], code, n_codes=len(groups), n_values=n_values)
+                add_counts(counts, index[inside], code)
             yield groups, counts
 
     def documents(
@@ -182,7 +188,7 @@ class Rows:
                 if high - low < len(self._runs.group):
                     inside = (document >= 0) & (document < high - low)
                     document, index = document[inside], index[inside]
-                counts += count(index, document, n_codes=high - low, n_values=n_values)
+                add_counts(counts, index, document)
             yield from self._split(some, low, counts)
 
     def document_sums(

@@ -300,27 +300,35 @@ def _distinct(counts: np.ndarray, batch_sizes: np.ndarray, top_k: int) -> np.nda
 
 def _consecutive(rows: Rows, batch_sizes: np.ndarray) -> np.ndarray:
     """Mean number of experts in runs of rows of one document that do not overlap, (group, layer, batch_size)."""
-    mean = np.full((rows.n_groups, rows.n_layers, len(batch_sizes)), np.nan)
-    for at, size in enumerate(batch_sizes.tolist()):
-        total, n_batches = np.zeros((rows.n_groups, rows.n_layers), np.int64), np.zeros(rows.n_groups, np.int64)
-        starts = rows.run_starts(size)
-        for block in rows.blocks("expert_index", ahead=size - 1):
-            own = starts[(starts >= block.start) & (starts + size <= block.start + block.n_tokens)]
-            group = rows.group[own]
-            np.add.at(total, group, _distinct_in_runs(block, own - block.start, size))
-            np.add.at(n_batches, group, 1)
-        mean[..., at] = divide(total, n_batches[:, None])
-    return mean
+    touched = np.zeros((rows.n_groups, rows.n_layers, len(batch_sizes)), np.int64)
+    n_runs = np.zeros((rows.n_groups, len(batch_sizes)), np.int64)
+    starts = [rows.run_starts(size) for size in batch_sizes.tolist()]
+    for at, first in enumerate(starts):
+        n_runs[:, at] = np.bincount(rows.group[first], minlength=rows.n_groups)
+    for block in rows.blocks("expert_index", ahead=int(batch_sizes.max()) - 1):
+        before = _last_before(block.chosen)
+        for at, (size, first) in enumerate(zip(batch_sizes.tolist(), starts, strict=True)):
+            stop = block.start + block.n_tokens
+            own = first[np.searchsorted(first, block.start) : np.searchsorted(first, stop - size, side="right")]
+            own = own[own < stop - block.n_ahead] - block.start
+            places = (own[:, None] + np.arange(size)).ravel()
+            # An expert is counted at its first row in the run: where it was not chosen since the run began
+            is_first = before[places] < np.repeat(own, size)[:, None, None]
+            if rows.n_groups == 1:
+                touched[0, :, at] += np.count_nonzero(is_first, axis=(0, 2))
+            else:
+                touched[..., at] += count(is_first, block.group[places], n_codes=rows.n_groups, n_values=2)[..., 1]
+    return divide(touched, n_runs[:, None])
 
 
-def _distinct_in_runs(block: Rows, starts: np.ndarray, size: int) -> np.ndarray:
-    """Number of experts in the ``size`` rows from each of ``starts``, (run, layer)."""
-    distinct = np.empty((len(starts), block.n_layers), np.int64)
-    at_once = max(BATCH_CELLS_AT_ONCE // max(block.n_layers * block.n_experts, size), 1)
-    for first in range(0, len(starts), at_once):
-        some = starts[first : first + at_once]
-        chosen = block.chosen[some[:, None] + np.arange(size)]  # (run, row, layer, slot)
-        touched = np.zeros((len(some), block.n_layers, block.n_experts), bool)
-        touched[np.arange(len(some))[:, None, None, None], np.arange(block.n_layers)[:, None], chosen] = True
-        distinct[first : first + at_once] = touched.sum(axis=-1)
-    return distinct
+def _last_before(chosen: np.ndarray) -> np.ndarray:
+    """The row before that last chose the same expert at the layer, (token, layer, slot); -1 where there is none."""
+    n_tokens, n_layers, n_slots = chosen.shape
+    flat = np.swapaxes(chosen, 1, 2).reshape(n_tokens * n_slots, n_layers)
+    order = np.argsort(flat, axis=0, kind="stable")  # by expert, then by row
+    ranked = np.take_along_axis(flat, order, axis=0)
+    before = np.full(order.shape, -1, np.int32)
+    before[1:] = np.where(ranked[1:] == ranked[:-1], order[:-1] // n_slots, -1)
+    result = np.empty_like(before)
+    np.put_along_axis(result, order, before, axis=0)
+    return np.swapaxes(result.reshape(n_tokens, n_slots, n_layers), 1, 2)

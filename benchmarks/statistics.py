@@ -1,0 +1,108 @@
+"""Routing statistics of a store of 10⁸ decisions: time against one ``numpy.bincount``, and peak memory.
+
+``python -m benchmarks.statistics``. The baseline is one pass of ``numpy.bincount`` over the same ids, uint8 and in
+memory: the least that any count of them can cost. The statistics read the store, which lies on disk. "what the report
+shows" is every statistic of the report one after the other, without the permutations behind its p-values and nulls:
+those of ``REPORT``. Peak memory is that of a fresh process that opens the store and computes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+import probe
+from benchmarks.interleaved import print_ratios, seconds
+from benchmarks.planted import planted_recording
+from probe import routing_stats as stats
+
+REPORT: dict[str, Callable[[xr.DataTree], object]] = {
+    "load_interval": stats.load_interval,
+    "imbalance": stats.imbalance,
+    "balance_loss": stats.balance_loss,
+    "z_loss": stats.z_loss,
+    "specialization": partial(stats.specialization, n_permutations=0),
+    "mutual_information of token_id": partial(stats.mutual_information, of="token_id", n_permutations=0),
+    "mutual_information of domain": partial(stats.mutual_information, of="domain", n_permutations=0),
+    "mutual_information of position": partial(stats.mutual_information, of="position", n_permutations=0),
+    "top_tokens": stats.top_tokens,
+    "gate_histogram": stats.gate_histogram,
+    "margin": stats.margin,
+    "transition": stats.transition,
+    "paths": partial(stats.paths, n=15),
+    "repetition": stats.repetition,
+    "distinct_experts": stats.distinct_experts,
+}
+
+
+def report(recording: xr.DataTree) -> dict[str, float]:
+    """Seconds of each statistic of the report."""
+    taken = {}
+    for name, statistic in REPORT.items():
+        start = time.perf_counter()
+        statistic(recording)
+        taken[name] = time.perf_counter() - start
+    return taken
+
+
+def peak_of_report(path: str) -> None:
+    """Print the seconds of each statistic and the peak memory of this process, in bytes, as JSON."""
+    taken = report(probe.open(path))
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": taken, "peak": peak}))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--decisions", type=int, default=100_000_000)
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--peak-of", metavar="STORE", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak_of:
+        peak_of_report(options.peak_of)
+        return
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "run.zarr")
+        n_tokens = options.decisions // options.layers
+        probe.save(planted_recording(n_tokens=n_tokens, n_layers=options.layers, n_experts=options.experts), path)
+        command = [sys.executable, "-m", "benchmarks.statistics", "--peak-of", str(path)]
+        once = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+        recording = probe.open(path)
+        ids = recording["routing"]["expert_index"].values
+        functions = {
+            "numpy.bincount of the ids in memory": lambda: np.bincount(ids.ravel()),
+            "numpy.bincount, again": lambda: np.bincount(ids.ravel()),
+            "expert_load": lambda: stats.expert_load(recording),
+            "load_interval": lambda: stats.load_interval(recording),
+            "what the report shows": lambda: report(recording),
+        }
+        taken = seconds(functions, rounds=options.rounds, warmup=1)
+    title = (
+        f"{n_tokens * options.layers:,} decisions, {options.layers} layers of {options.experts} experts, "
+        f"{options.rounds} rounds"
+    )
+    print_ratios(taken, baseline="numpy.bincount of the ids in memory", title=title)
+    for name, values in once["seconds"].items():
+        print(f"{name:35s} {values:6.2f} s")
+    print(f"expert_load: {ids.size / np.median(taken['expert_load']):,.0f} decisions a second")
+    print(f"peak memory of a process with all of the above: {once['peak'] / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
