@@ -218,7 +218,7 @@ def _of_documents(
     First of the recording as it is, then after every exchange of labels between whole documents.
     """
     assert documents.label is not None
-    per_document = next(grouped(rows.routing).documents()).counts
+    per_document = rows.whole.counts
     n_tokens = np.bincount(documents.of_token, minlength=documents.n_documents)
     labels = np.concatenate([documents.label[None], permutations.document_labels(documents.label)])
     for label, counts in zip(labels, label_sums(labels, per_document, rows.n_groups), strict=True):

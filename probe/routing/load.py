@@ -105,7 +105,7 @@ def interval_status(rows: Rows, status: np.ndarray) -> xr.DataArray:
     return result.assign_attrs(categories=list(INTERVAL_STATUS))
 
 
-def document_load(samples: Routing, *, sample: int, layer: int, level: float = 0.95) -> xr.Dataset:
+def document_load(samples: xr.Dataset | xr.DataTree, *, sample: int, layer: int, level: float = 0.95) -> xr.Dataset:
     """Load of each expert in one document, beside that of the whole recording.
 
     Parameters
@@ -294,7 +294,7 @@ def _counts_and_probabilities(routing: Routing, rows: Rows) -> Iterator[tuple[in
     if "all_logits" in rows.routing:
         yield from _from_logits(rows)
         return
-    if isinstance(routing, xr.Dataset):
+    if not isinstance(routing, xr.DataTree):
         raise SchemaError(
             "the probabilities of all experts are not in this Dataset: pass the whole recording, or record with "
             "RoutingSpec(all_logits=True)"
@@ -314,7 +314,7 @@ def _counts_and_probabilities(routing: Routing, rows: Rows) -> Iterator[tuple[in
 
 def _from_logits(rows: Rows) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     # One layer after another, for a stretch of the logits of all layers and experts is too large.
-    layers = [replace(rows, routing=rows.routing.isel(layer=[layer])) for layer in range(rows.n_layers)]
+    layers = [replace(rows, routing=rows.routing.isel(layer=[layer]), ungrouped=None) for layer in range(rows.n_layers)]
     of_layers = zip(*(layer.document_sums(_probabilities, n_columns=rows.n_experts) for layer in layers), strict=True)
     for (group, _, counts), sums in zip(rows.documents(), of_layers, strict=True):
         yield group, counts, np.concatenate([of_layer for _, _, of_layer in sums], axis=1)

@@ -51,7 +51,7 @@ def margin(
     has a standard error over resampled documents, and the quantiles at that share ± t standard errors are the bounds.
     """
     bootstrap = Bootstrap(level, n_resamples, seed)
-    rows = grouped(routing, by)
+    rows = grouped(routing, by).kept("router_margin")
     shape = (rows.n_groups, rows.n_layers)
     mean, tie_share = np.full((2, *shape), np.nan)
     quantiles, lower, upper = np.full((3, *shape, len(MARGIN_QUANTILES)), np.nan)
@@ -148,9 +148,13 @@ def gate_histogram(routing: Routing, *, bins: int = 20, by: By = None) -> xr.Dat
         raise ProbeError(f"bins is {bins}, it must be at least 1")
     rows = grouped(routing, by)
 
+    # A logit has 65,536 values in float16: its bin is looked up by its bits. NaN, which no router returns, has none.
+    logits = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
+    bin_of = np.minimum(np.nan_to_num(expit(logits) * bins).astype(np.int64), bins - 1)
+
     def tally(block: Rows) -> np.ndarray:
-        gate = expit(block.values("router_logit").astype(np.float32))
-        return block.chosen * bins + np.minimum((gate * bins).astype(np.int64), bins - 1)
+        bits = block.values("router_logit").astype(np.float16, copy=False).view(np.uint16)
+        return block.chosen * np.int64(bins) + bin_of.take(bits)
 
     counts = np.zeros((rows.n_groups, rows.n_layers, rows.n_experts, bins), np.int64)
     for groups, tallied in rows.group_tallies(tally, n_values=rows.n_experts * bins):

@@ -151,7 +151,7 @@ def layer_batches(rows: Rows, n_table: int = 0) -> Iterator[tuple[slice, Rows]]:
     for start in range(0, rows.n_layers, at_once):
         layers = slice(start, min(start + at_once, rows.n_layers))
         all_ = at_once >= rows.n_layers
-        yield layers, rows if all_ else replace(rows, routing=rows.routing.isel(layer=layers))
+        yield layers, rows if all_ else replace(rows, routing=rows.routing.isel(layer=layers), ungrouped=None)
 
 
 def chosen_experts(rows: Rows, kept: np.ndarray | None = None) -> np.ndarray:

@@ -7,7 +7,7 @@ core's cache. Both are the same whether a recording is in memory or in a store, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,11 +19,13 @@ from probe import schema
 from probe.counting import add_counts
 from probe.schema import ROWS_AT_ONCE, SchemaError
 
-Routing = xr.Dataset | xr.DataTree
 By = str | Sequence[str] | None
 
 CELLS_OF_BLOCK = 1 << 19
 """Assignments in a block."""
+
+BYTES_KEPT = 1 << 29
+"""A variable of at most so many bytes is read once for all, by what goes over it several times."""
 
 CELLS_OF_DOCUMENTS = 1 << 25
 """Cells of the table of documents that is in memory at once; more groups than fit are counted in several passes."""
@@ -52,8 +54,24 @@ class Rows:
     """Where in ``/routing`` the first of these rows stands."""
     n_ahead: int = 0
     """How many of these rows, at the end, belong to the next block."""
+    ungrouped: Rows | None = None
+    """The same rows in one group, where they are in several."""
     stretch: _Stretch | None = None
     """What was read of ``/routing`` around these rows; None for all rows, which are not read."""
+
+    def kept(self, name: str) -> Rows:
+        """The same rows with a variable in memory, for what goes over it more than once; as they are if it is large."""
+        schema.require(self.routing, name)
+        variable = self.routing[name]
+        if variable.chunks is None or variable.nbytes > BYTES_KEPT:
+            return self
+        dims = schema.ROUTING[name].dims
+        # Layer by layer, as a store keeps them
+        whole = np.empty([variable.sizes[dim] for dim in ("layer", "token", *dims[2:])], variable.dtype).swapaxes(0, 1)
+        for block in self.blocks(name, at_once=ROWS_AT_ONCE):
+            whole[block.start : block.start + block.n_tokens] = block.values(name)
+        routing = self.routing.assign({name: (dims, whole, variable.attrs)})
+        return replace(self, routing=routing, ungrouped=None)
 
     @property
     def n_tokens(self) -> int:
@@ -124,7 +142,8 @@ class Rows:
             for start in range(first, last, at_once):
                 stop = min(start + at_once, last)
                 group = self.group[start : stop + ahead]
-                yield Rows(self.routing, group, self.group_coords, start, len(group) - (stop - start), stretch)
+                n_ahead = len(group) - (stop - start)
+                yield Rows(self.routing, group, self.group_coords, start=start, n_ahead=n_ahead, stretch=stretch)
 
     def group_counts(self) -> np.ndarray:
         """Assignments (group, layer, expert)."""
@@ -177,7 +196,27 @@ class Rows:
         ahead : see :meth:`blocks`.
         groups : only these; all of them unless given.
         """
-        tally = _assignments if tally is None else tally
+        if tally is None and not self.group_coords:
+            yield self.whole
+            return
+        yield from self._documents(tally or _assignments, n_values, n_layers, ahead, groups)
+
+    @cached_property
+    def whole(self) -> GroupDocuments:
+        """Assignments to experts of the documents of all rows, in one group; counted once."""
+        if self.ungrouped is not None:
+            return self.ungrouped.whole
+        rows = grouped(self.routing) if self.group_coords else self
+        return next(rows._documents(_assignments, None, None, 0, None))
+
+    def _documents(
+        self,
+        tally: Callable[[Rows], tuple[np.ndarray | slice, np.ndarray]],
+        n_values: int | None,
+        n_layers: int | None,
+        ahead: int,
+        groups: range | None,
+    ) -> Iterator[GroupDocuments]:
         n_values = self.n_experts if n_values is None else n_values
         n_layers = self.n_layers if n_layers is None else n_layers
         for some, low, high in self._batches(n_layers * n_values, groups):
@@ -321,7 +360,7 @@ class _Stretch:
         read = self._read[name]
         if isinstance(read, np.ndarray):
             return read[place]
-        return np.stack([layer[place] for layer in read], axis=1)
+        return np.stack([layer[place] for layer in read]).swapaxes(0, 1)
 
 
 @dataclass(frozen=True)
@@ -348,12 +387,16 @@ class _Runs:
         return np.repeat(self.document[first:last], np.diff(edges))
 
 
+Routing = xr.Dataset | xr.DataTree | Rows
+"""What a statistic takes: ``/routing``, a recording that holds it, or rows, so that several statistics share counts."""
+
+
 def grouped(routing: Routing, by: By = None) -> Rows:
     """The rows of a recording's ``/routing``, split by coords on ``token``.
 
     Parameters
     ----------
-    routing : ``/routing`` or a recording that holds it.
+    routing : ``/routing`` or a recording that holds it; or its ungrouped rows, which remember what they counted.
     by : a coord on ``token``, or several. Groups are all categories of a coded coord, the values that occur of another.
 
     Raises
@@ -361,7 +404,13 @@ def grouped(routing: Routing, by: By = None) -> Rows:
     SchemaError
         If the group, a dim or a coord is missing; names it.
     """
-    data = schema.group(routing, "routing")
+    known = None
+    if isinstance(routing, Rows):
+        known, data = routing, routing.routing
+        if by is None:
+            return known
+    else:
+        data = schema.group(routing, "routing")
     schema.require(data, "expert_index", "layer", "expert")
     if lost := [dim for dim in ("token", "layer", "slot", "expert") if dim not in data.dims]:
         raise SchemaError(f"/routing has lost the dim {lost[0]!r}: select with a list, such as sel({lost[0]}=[3])")
@@ -375,7 +424,7 @@ def grouped(routing: Routing, by: By = None) -> Rows:
         n_groups = int(np.prod([coord.size for coord in coords.values()]))
         dtype = np.min_scalar_type(max(n_groups - 1, 0))
         group = group.astype(dtype) * dtype.type(coords[name].size) + code.astype(dtype)
-    return Rows(data, group, coords)
+    return Rows(data, group, coords, ungrouped=known)
 
 
 def members(group: np.ndarray, n_groups: int) -> Iterator[tuple[int, np.ndarray]]:

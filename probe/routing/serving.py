@@ -306,29 +306,24 @@ def _consecutive(rows: Rows, batch_sizes: np.ndarray) -> np.ndarray:
     for at, first in enumerate(starts):
         n_runs[:, at] = np.bincount(rows.group[first], minlength=rows.n_groups)
     for block in rows.blocks("expert_index", ahead=int(batch_sizes.max()) - 1):
-        before = _last_before(block.chosen)
+        sets = np.bitwise_or.reduce(_as_bits(rows.n_experts)[block.chosen], axis=2)
+        stop = block.start + block.n_tokens
         for at, (size, first) in enumerate(zip(batch_sizes.tolist(), starts, strict=True)):
-            stop = block.start + block.n_tokens
             own = first[np.searchsorted(first, block.start) : np.searchsorted(first, stop - size, side="right")]
-            own = own[own < stop - block.n_ahead] - block.start
-            places = (own[:, None] + np.arange(size)).ravel()
-            # An expert is counted at its first row in the run: where it was not chosen since the run began
-            is_first = before[places] < np.repeat(own, size)[:, None, None]
+            own = own[own < stop - block.n_ahead]
+            union = np.bitwise_or.reduce(sets[(own - block.start)[:, None] + np.arange(size)], axis=1)
+            n_experts = np.bitwise_count(union).sum(axis=-1, dtype=np.int64)
             if rows.n_groups == 1:
-                touched[0, :, at] += np.count_nonzero(is_first, axis=(0, 2))
+                touched[0, :, at] += n_experts.sum(axis=0)
             else:
-                touched[..., at] += count(is_first, block.group[places], n_codes=rows.n_groups, n_values=2)[..., 1]
+                np.add.at(touched[..., at], rows.group[own], n_experts)
     return divide(touched, n_runs[:, None])
 
 
-def _last_before(chosen: np.ndarray) -> np.ndarray:
-    """The row before that last chose the same expert at the layer, (token, layer, slot); -1 where there is none."""
-    n_tokens, n_layers, n_slots = chosen.shape
-    flat = np.swapaxes(chosen, 1, 2).reshape(n_tokens * n_slots, n_layers)
-    order = np.argsort(flat, axis=0, kind="stable")  # by expert, then by row
-    ranked = np.take_along_axis(flat, order, axis=0)
-    before = np.full(order.shape, -1, np.int32)
-    before[1:] = np.where(ranked[1:] == ranked[:-1], order[:-1] // n_slots, -1)
-    result = np.empty_like(before)
-    np.put_along_axis(result, order, before, axis=0)
-    return np.swapaxes(result.reshape(n_tokens, n_slots, n_layers), 1, 2)
+def _as_bits(n_experts: int) -> np.ndarray:
+    """Each expert as a set of one, (expert, word): the bits of as few words as hold all experts."""
+    per_word = next(bits for bits in (8, 16, 32, 64) if bits >= n_experts or bits == 64)
+    expert = np.arange(n_experts)
+    bits = np.zeros((n_experts, -(-n_experts // per_word)), np.uint64)
+    bits[expert, expert // per_word] = np.uint64(1) << (expert % per_word).astype(np.uint64)
+    return bits.astype(f"uint{per_word}")

@@ -89,7 +89,7 @@ def specialization(
     bounds, status = np.full((4, *shape), np.nan), np.zeros(shape, np.uint8)
     deviation, largest = np.full(shape, np.nan), np.zeros(n_permutations)
     for layers, part in layer_batches(rows, max(documents.n_documents, rows.n_groups)):
-        whole = next(grouped(part.routing).documents())
+        whole = part.whole
         for own in _by_group(part, whole, documents, bootstrap):
             counts[own.group, layers], n_documents[own.group] = own.counts, own.n_documents
             bounds[:, own.group, layers], status[own.group, layers] = own.bounds, own.status

@@ -80,7 +80,7 @@ def top_tokens(routing: Routing, *, n: int = 10, min_count: int = 20, level: flo
     for name, value in {"n": n, "min_count": min_count}.items():
         if value < 1:
             raise ProbeError(f"{name} is {value}, it must be at least 1")
-    schema.require(schema.group(routing, "routing"), "token_id", "sample")
+    schema.require(grouped(routing).routing, "token_id", "sample")
     types = _types(grouped(routing), min_count)
     n_layers = types.rows.n_layers
     at_once = max(CELLS_AT_ONCE // max(types.n_types * types.rows.n_experts, 1), 1)
