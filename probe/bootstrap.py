@@ -7,7 +7,7 @@ both come from the same draw, since documents differ in length.
 
 The resamples give a standard error. What turns it into an interval is Student's t, because documents are few, and a
 scale on which the number is nearly normal: percentiles of the resamples themselves cover 80 % instead of 95 % with
-five documents, and still miss rare experts with thirty (``benchmarks/coverage.py``).
+five documents, and still miss rare experts with thirty (``docs/statistics.md``).
 """
 
 from __future__ import annotations

@@ -141,6 +141,14 @@ def bounds(lower: float, upper: float, form: str) -> str:
     return "" if np.isnan(lower) or np.isnan(upper) else f" [{lower:{form}}, {upper:{form}}]"
 
 
+def interval_notes(data: xr.Dataset) -> np.ndarray:
+    """Why an interval is withheld, for a hover; "" where it is given, or where that was not recorded."""
+    if "interval_status" not in data:
+        return np.full((data.sizes["layer"], data.sizes["expert"]), "", dtype=object)
+    withheld = lambda status: f"<br>interval {status}" if status.startswith("withheld") else ""  # noqa: E731
+    return strings(withheld, schema.labels(data["interval_status"]))
+
+
 def short(name: str) -> str:
     """A name that fits over a panel."""
     return name if len(name) <= 22 else name[:21] + "…"
@@ -173,7 +181,7 @@ def layer_cells(data: xr.Dataset, z: np.ndarray, text: np.ndarray, customdata: n
     rows[where], texts[where], custom[where] = z, text, customdata
     return {
         "z": rows,
-        "y": layers,
+        "y": layers.tolist(),
         "text": texts,
         "customdata": custom,
         "texttemplate": "%{text}",

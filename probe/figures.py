@@ -8,6 +8,7 @@ page; ``layout.meta`` holds the colour scale for a dark one, which the report's 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -15,6 +16,7 @@ import xarray as xr
 
 from probe import figure_parts as parts
 from probe import schema
+from probe.figure_choices import batches, information, paths
 from probe.figure_parts import DOTTED_EXPERTS, GRID_COLOUR, TEMPLATE
 from probe.text_view import layer_label
 
@@ -23,10 +25,13 @@ __all__ = [
     "GRID_COLOUR",
     "MAX_PANELS",
     "TEMPLATE",
+    "batches",
     "document_load",
     "expert_load",
     "imbalance",
+    "information",
     "margin",
+    "paths",
     "repetition",
     "specialization",
     "transition",
@@ -52,20 +57,21 @@ def expert_load(interval: xr.Dataset, *, title: str = "Load of each expert, rela
     number.
     """
     load, lower, upper = (interval[name].transpose("layer", "expert").values for name in ("load", "lower", "upper"))
+    status = parts.interval_notes(interval.transpose("layer", "expert", ...))
     n_experts = load.shape[1]
     settled = (lower * n_experts > 1) | (upper * n_experts < 1)
     experts = np.broadcast_to(interval["expert"].values, load.shape)
     colour = parts.cell_colour(parts.log2(load * n_experts), settled)
     numbered = n_experts <= parts.NUMBERED_EXPERTS
     text = parts.cell_text(load * n_experts, settled, unused=load == 0, numbered=numbered)
-    hover = parts.strings(_load_hover, load, lower, upper, experts)
+    hover = parts.strings(_load_hover, load, lower, upper, status, experts)
     numbers = experts.astype(str).astype(object) if n_experts <= DOTTED_EXPERTS else text
     by_number, by_load = (np.argsort(key, axis=1, kind="stable") for key in (experts, -load))
     figure = go.Figure()
     for order, labels in ((by_number, text), (by_load, numbers)):
         z, texts, hovers, codes = (np.take_along_axis(part, order, 1) for part in (colour, labels, hover, experts))
         cells = parts.layer_cells(interval, z, texts, np.stack([hovers, codes], axis=-1))
-        figure.add_trace(go.Heatmap(**cells, x=np.sort(experts[0]), visible=order is by_number))
+        figure.add_trace(go.Heatmap(**cells, x=np.sort(experts[0]).tolist(), visible=order is by_number))
     figure.update_layout(
         height=parts.rows_height(interval) + 110,
         updatemenus=parts.switch(
@@ -84,13 +90,13 @@ def _axis(title: str, *, labels: bool) -> dict[str, object]:
     return {"xaxis.title.text": title, "xaxis.showticklabels": labels}
 
 
-def _load_hover(load: float, lower: float, upper: float, expert: int) -> str:
+def _load_hover(load: float, lower: float, upper: float, note: str, expert: int) -> str:
     if np.isnan(load):
         return f"expert {expert}<br>no token"
     if load == 0:
-        bound = "" if np.isnan(upper) else f"<br>load ≤ {100 * upper:.2g} %"
+        bound = note if np.isnan(upper) else f"<br>load ≤ {100 * upper:.2g} % (rule of three)"
         return f"expert {expert}<br>no token seen{bound}"
-    return f"expert {expert}<br>load {100 * load:.2f} %{parts.bounds(100 * lower, 100 * upper, '.2f')}"
+    return f"expert {expert}<br>load {100 * load:.2f} %{parts.bounds(100 * lower, 100 * upper, '.2f')}{note}"
 
 
 def document_load(result: xr.Dataset, *, colours: Sequence[str], title: str = "Load in this document") -> go.Figure:
@@ -136,7 +142,9 @@ def _document_bars(result: xr.Dataset, colours: Sequence[str]) -> go.Bar:
 def _recording_marks(result: xr.Dataset) -> go.Scatter:
     """A short line for the whole recording's load, with its interval."""
     overall, lower, upper = (100 * result[name].values for name in ("overall", "lower", "upper"))
-    hover = [f"{value:.1f} % [{low:.1f}, {high:.1f}]" for value, low, high in zip(overall, lower, upper, strict=True)]
+    hover = [
+        f"{value:.1f} %{parts.bounds(low, high, '.1f')}" for value, low, high in zip(overall, lower, upper, strict=True)
+    ]
     return go.Scatter(
         x=result["expert"].values,
         y=overall,
@@ -243,12 +251,12 @@ def _by_layer(figure: go.Figure, data: xr.Dataset, title: str, *, x: str) -> go.
 
 
 def margin(result: xr.Dataset, *, title: str = "How sure the router is") -> go.Figure:
-    """Quantiles of the router's margin by layer: median, middle half and middle 90 %.
+    """Quantiles of the router's margin by layer: median with its interval, middle half and middle 90 %.
 
     Parameters
     ----------
-    result : from ``routing_stats.margin``: ``margin`` (layer, quantile) at .05, .25, .5, .75 and .95, and ``tie_share``
-        (layer).
+    result : from ``routing_stats.margin``: ``margin`` (layer, quantile) at .05, .25, .5, .75 and .95, its bounds
+        ``margin_lower`` and ``margin_upper``, and ``tie_share`` (layer).
     title : drawn above the figure; "" for none.
     """
     kinds = parts.attention_kinds(result)
@@ -261,7 +269,13 @@ def margin(result: xr.Dataset, *, title: str = "How sure the router is") -> go.F
 
 def _add_quantiles(figure: go.Figure, result: xr.Dataset, kind: str) -> None:
     """Thin and thick bar and median of each layer, all of one kind."""
-    quantiles, layers = result["margin"].transpose("layer", "quantile").values, result["layer"].values
+    quantiles, lower, upper = (
+        result[name].transpose("layer", "quantile").values for name in ("margin", "margin_lower", "margin_upper")
+    )
+    layers, middle = result["layer"].values, quantiles[:, 2]
+    median = parts.strings(
+        lambda value, low, high: f"{value:.2f} logits{parts.bounds(low, high, '.3g')}", middle, lower[:, 2], upper[:, 2]
+    )
     colour = parts.KIND_COLOURS[kind]
     for width, low, high in ((2, 0, 4), (9, 1, 3)):
         gaps = np.full(len(layers), np.nan)
@@ -278,18 +292,26 @@ def _add_quantiles(figure: go.Figure, result: xr.Dataset, kind: str) -> None:
         )
     figure.add_trace(
         go.Scatter(
-            x=quantiles[:, 2],
+            x=middle,
             y=layers,
             mode="markers",
             name=parts.KIND_NAMES[kind],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": upper[:, 2] - middle,
+                "arrayminus": middle - lower[:, 2],
+                "thickness": 1.5,
+                "width": 7,
+                "color": parts.INK,
+            },
             marker={
                 "color": colour,
                 "symbol": parts.KIND_SYMBOLS[kind],
-                "size": 10,
-                "line": {"width": 1.5, "color": "#fff"},
+                "size": 7,
             },
-            customdata=np.column_stack([quantiles, 100 * result["tie_share"].values]),
-            hovertemplate="layer %{y}<br>median %{x:.2f} logits"
+            customdata=np.column_stack([quantiles.astype(object), 100 * result["tie_share"].values, median]),
+            hovertemplate="layer %{y}<br>median %{customdata[6]}"
             "<br>half between %{customdata[1]:.2f} and %{customdata[3]:.2f}"
             "<br>90 % between %{customdata[0]:.2f} and %{customdata[4]:.2f}"
             "<br>exact ties %{customdata[5]:.2g} %<extra></extra>",
@@ -336,26 +358,28 @@ def _lift_cells(part: xr.Dataset, settled: np.ndarray, name: str) -> go.Heatmap:
     lift = part["lift"].values
     experts = np.broadcast_to(part["expert"].values, lift.shape)
     columns = ("share", "share_lower", "share_upper", "lift", "lift_lower", "lift_upper")
-    hover = parts.strings(_lift_hover, *(part[column].values for column in columns), experts)
+    hover = parts.strings(
+        _lift_hover, *(part[column].values for column in columns), parts.interval_notes(part), experts
+    )
     cells = parts.layer_cells(
         part,
         parts.cell_colour(parts.log2(lift), settled),
         parts.cell_text(lift, settled, unused=part["share"].values == 0, numbered=False),
         np.stack([hover + f"<br>{parts.plain(name)}", experts], axis=-1),
     )
-    return go.Heatmap(**cells, x=part["expert"].values, meta=name)
+    return go.Heatmap(**cells, x=part["expert"].values.tolist(), meta=name)
 
 
-def _lift_hover(*values: float) -> str:
-    share, share_lower, share_upper, lift, lift_lower, lift_upper, expert = values
+def _lift_hover(*values: Any) -> str:
+    share, share_lower, share_upper, lift, lift_lower, lift_upper, note, expert = values
     if np.isnan(share):
         return f"expert {expert}<br>no token of this domain"
     if share == 0:
-        bound = "" if np.isnan(share_upper) else f"<br>share ≤ {100 * share_upper:.2g} %"
+        bound = note if np.isnan(share_upper) else f"<br>share ≤ {100 * share_upper:.2g} % (rule of three)"
         return f"expert {expert}<br>no token of this domain{bound}"
     return (
         f"expert {expert}<br>share {100 * share:.1f} %{parts.bounds(100 * share_lower, 100 * share_upper, '.1f')}"
-        f"<br>lift {lift:.2f} ×{parts.bounds(lift_lower, lift_upper, '.2f')}"
+        f"<br>lift {lift:.2f} ×{parts.bounds(lift_lower, lift_upper, '.2f')}{note}"
     )
 
 

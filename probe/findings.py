@@ -1,21 +1,20 @@
 """Statistics in plain words: sentences, each with its number, its interval and the figure that shows it.
 
 Pure functions of results of :mod:`probe.routing_stats`. Naming the largest of many cells is a selection, so a finding's
-interval is widened until it holds for all the cells that it was picked from at once (Bonferroni), and what does not
-stand out from its null then is not a finding.
+interval is widened until it holds for all the cells that it was picked from at once (Bonferroni), or its p-value holds
+for all of them (max-T), and what does not stand out from its null then is not a finding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import NormalDist
 
 import numpy as np
 import xarray as xr
+from scipy.special import stdtrit
 
-MIN_DOCUMENTS = 5
-"""A domain with fewer documents makes no claim: a bootstrap over four documents says little."""
+from probe.bootstrap import MIN_DOCUMENTS
 
 MIN_EXPECTED = 10
 """A transition for which independence would bring fewer tokens is left out of titles and figures: its lift is noise."""
@@ -93,14 +92,12 @@ def widening(level: float, n_compared: int, n_documents: float | np.ndarray) -> 
 
     Notes
     -----
-    Bonferroni: the ratio of the Student t quantile at 1 - (1 - level) / (2 n), with ``n_documents`` - 1 degrees of
-    freedom, to the normal one at 1 - (1 - level) / 2; t from its expansion in 1 / df, Abramowitz & Stegun 26.7.5.
+    Bonferroni: the ratio of the Student t quantiles at 1 - (1 - level) / (2 n) and at 1 - (1 - level) / 2, both with
+    ``n_documents`` - 1 degrees of freedom.
     """
     tail = (1 - level) / 2
-    z = NormalDist().inv_cdf(1 - tail / max(n_compared, 1))
     freedom = np.maximum(np.asarray(n_documents, float) - 1, 1)
-    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    return t / NormalDist().inv_cdf(1 - tail)
+    return stdtrit(freedom, 1 - tail / max(n_compared, 1)) / stdtrit(freedom, 1 - tail)
 
 
 def specialized_cells(result: xr.Dataset) -> xr.Dataset:
@@ -113,8 +110,9 @@ def specialized_cells(result: xr.Dataset) -> xr.Dataset:
     Returns
     -------
     Dataset (domain, layer, expert): ``share``, ``lift``, their ``_lower`` and ``_upper``, and ``settled``, true where
-    the interval of the lift excludes 1; attribute ``n_compared``. Intervals are widened on a log scale; NaN for a
-    domain of fewer than 5 documents.
+    the domains would not differ so by chance (the p-value of the permutation test, which holds for all cells at once);
+    attributes ``n_compared``, cells with an interval, and ``n_tested``, cells with a p-value. Intervals are widened on
+    a log scale; NaN where they are withheld.
     """
     enough = result["n_documents"] >= MIN_DOCUMENTS
     known = (result["lift_lower"].notnull() & result["lift_upper"].notnull() & enough).sum().item()
@@ -127,8 +125,9 @@ def specialized_cells(result: xr.Dataset) -> xr.Dataset:
             result[name], result[f"{name}_lower"], result[f"{name}_upper"], factor
         )
     columns["share_upper"] = columns["share_upper"].clip(max=1)
-    columns["settled"] = (columns["lift_lower"] > 1) | (columns["lift_upper"] < 1)
-    return xr.Dataset(columns, attrs={"n_compared": known, "level": result.attrs["level"]})
+    columns["settled"] = result["p_value"] < 1 - result.attrs["level"]
+    tested = int(result["p_value"].notnull().sum())
+    return xr.Dataset(columns, attrs={"n_compared": known, "n_tested": tested, "level": result.attrs["level"]})
 
 
 def _widened(
@@ -149,15 +148,21 @@ def find(results: Mapping[str, xr.Dataset]) -> list[Finding]:
 
     Parameters
     ----------
-    results : of ``routing_stats`` by name: ``load_interval``, ``imbalance``, ``margin`` and ``repetition``, and, where
-        there is more than one domain, ``specialization``.
+    results : of ``routing_stats`` by name: ``load_interval``, ``imbalance``, ``margin`` and ``repetition``; where
+        there is more than one domain, ``specialization``; and, if wanted, ``mutual_information`` (label, layer).
 
     Returns
     -------
     At least one: if nothing stands out from its null, that is said first. What describes without a null to compare with
     (the margins) comes last.
     """
-    candidates = (*_preferences(results), *_uneven(results), *_unused(results), *_repeats(results))
+    candidates = (
+        *_preferences(results),
+        *_uneven(results),
+        *_unused(results),
+        *_repeats(results),
+        *_explained(results),
+    )
     found: list[Finding] = []
     for candidate in sorted(candidates, key=lambda finding: -finding.strength):
         if sum(other.kind == candidate.kind for other in found) < MAX_OF_A_KIND:
@@ -171,10 +176,11 @@ def find(results: Mapping[str, xr.Dataset]) -> list[Finding]:
 def _nothing(results: Mapping[str, xr.Dataset]) -> Finding:
     n_documents = int(results["load_interval"]["n_documents"])
     compared = "load, domains and repetition" if "specialization" in results else "load and repetition"
-    if n_documents < 2:
+    if n_documents < MIN_DOCUMENTS:
+        have = f"{counted(n_documents, 'document')} {'has' if n_documents == 1 else 'have'}"
         text = (
-            "Nothing can be claimed: one document has no interval, as the tokens of a document are not independent. "
-            "Record more documents."
+            f"Nothing can be claimed: {have} no interval, as the tokens of a document are not independent. "
+            f"Record at least {MIN_DOCUMENTS}."
         )
     else:
         text = (
@@ -226,13 +232,14 @@ def _quiet_domains(cells: xr.Dataset) -> Finding:
 
 
 def _preferences(results: Mapping[str, xr.Dataset]) -> list[Finding]:
-    """For each domain the cell with the largest sure lift."""
+    """For each domain the cell with the largest sure lift; one that the permutation test calls chance is none."""
     if "specialization" not in results:
         return []
     cells = specialized_cells(results["specialization"])
     findings = []
     for domain in cells["domain"].values:
-        lower = cells["lift_lower"].sel(domain=domain).transpose("layer", "expert")
+        own = cells.sel(domain=domain).transpose("layer", "expert")
+        lower = own["lift_lower"].where(own["settled"])
         if not bool((lower >= SMALLEST_LIFT).any()):
             continue
         row, column = np.unravel_index(int(np.nanargmax(lower.values)), lower.shape)
@@ -250,7 +257,8 @@ def _preference(cell: xr.Dataset, domain: str, attributes: Mapping[str, float]) 
     )
     detail = (
         f"Both intervals hold at {percent(attributes['level'])} for all {attributes['n_compared']:,} cells (domain, "
-        "layer, expert) at once (Bonferroni), since the largest was picked."
+        "layer, expert) at once (Bonferroni), since the largest was picked; and whole documents that swap "
+        "domains hardly ever differ so (permutation, max-T over all cells)."
     )
     where: dict[str, int | str] = {"domain": domain, "layer": layer, "expert": expert}
     strength = float(np.log(lift[1]))
@@ -350,6 +358,60 @@ def _repeats(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     detail = f"The interval holds for all {result.sizes['layer']} layers at once."
     strength, where = float(excess[at]), {"layer": layer}
     return [Finding("repetition", percent(value), text, "repetition", value, low, high, null, strength, detail, where)]
+
+
+def _explained(results: Mapping[str, xr.Dataset]) -> list[Finding]:
+    """The layer in which the token says most about its expert, and what the domain says there."""
+    if "mutual_information" not in results:
+        return []
+    result = results["mutual_information"]
+    telling = tells(result)
+    token = result.sel(label="token_id")
+    excess = token["excess"].where(telling.sel(label="token_id"))
+    if not bool(excess.notnull().any()):
+        return []
+    at = int(excess.argmax("layer"))
+    value, null, upper = (float(token[name][at]) for name in ("normalized", "null", "null_upper"))
+    layer = int(result["layer"][at])
+    text = (
+        f"In layer {layer} token and expert share {percent(value)} of their information, "
+        f"{percent(null)} if tokens are shuffled within documents"
+    )
+    if "domain" in result["label"] and bool(telling.sel(label="domain")[at]):
+        domain = result.sel(label="domain").isel(layer=at)
+        text += (
+            f"; domain and expert share {percent(float(domain['normalized']))}, {percent(float(domain['null']))} if "
+            "documents swap domains"
+        )
+    detail = (
+        f"Chance stays below {percent(upper)} in 95\u00a0% of {counted(int(token['n_permutations']), 'shuffle')}; the "
+        "p-values hold for all layers (max-T) and labels (Bonferroni) at once."
+    )
+    strength, where = float(np.log(value / upper)), {"layer": layer}
+    return [
+        Finding(
+            "information",
+            percent(value),
+            f"{text}.",
+            "information",
+            value,
+            np.nan,
+            np.nan,
+            null,
+            strength,
+            detail,
+            where,
+        )
+    ]
+
+
+def tells(result: xr.Dataset, level: float = 0.95) -> xr.DataArray:
+    """Where a label says more about the expert than chance, (label, layer) of ``mutual_information``.
+
+    By ``p_value`` (max-T over layers), for all labels at once (Bonferroni). Not by ``p_adjusted``, which few
+    permutations keep above 0.05 where one layer of several stands out.
+    """
+    return result["p_value"] < (1 - level) / result.sizes["label"]
 
 
 def _certainty(results: Mapping[str, xr.Dataset]) -> list[Finding]:

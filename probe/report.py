@@ -14,19 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from probe import findings, report_sections, routing_stats, schema, store, text_view
+from probe import findings, report_card, report_sections, routing_stats, schema, store, text_view, titles
 from probe.findings import counted
-from probe.report_sections import Results, layer_name
+from probe.report_parts import layer_name
+from probe.report_sections import Results
+from probe.report_tables import write_tables
 from probe.schema import ProbeError
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ TEXT_BYTES = 4_000_000
 """Routing numbers of the shown text, before base64: a recording of many layers shows fewer tokens."""
 
 PROBLEMS_LISTED = 100
-TOKEN_CHIPS = 8_000
-"""Tokens in the table of top tokens, over all layers and experts."""
+LISTED_EXPERTS = 1_000
+"""Experts over all layers up to which the page lists the top tokens of each, beside the cards."""
 
 
 def write_report(
@@ -82,7 +84,7 @@ def write_report(
         results = compute(recording, step=step)
         found = findings.find(results)
         step("tables")
-        write_tables(results, recording, folder / "tables")
+        write_tables(results, recording, folder / "tables", names=_STATISTICS)
         summary = summarize(recording, found, problems)
         (folder / "summary.json").write_text(strict_json(summary), encoding="utf-8")
         step("page")
@@ -125,7 +127,7 @@ def _progress(shown: bool) -> AbstractContextManager[Callable[[str], None]]:
     @contextmanager
     def bar() -> Any:
         with Progress(console=Console(stderr=True)) as display:
-            task = display.add_task("report", total=len(_STATISTICS) + 3)
+            task = display.add_task("report", total=len(_STATISTICS) + len(_OTHER_STEPS))
             yield lambda name: display.update(task, advance=1, description=f"report: {name}")
 
     return bar()
@@ -133,111 +135,77 @@ def _progress(shown: bool) -> AbstractContextManager[Callable[[str], None]]:
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
-_STATISTICS: dict[str, Callable[[xr.DataTree], Any]] = {
+PATHS_SHOWN = 15
+
+_STATISTICS: dict[str, Callable[[xr.DataTree], xr.Dataset]] = {
     "load_interval": routing_stats.load_interval,
     "imbalance": routing_stats.imbalance,
+    "balance_loss": routing_stats.balance_loss,
+    "z_loss": routing_stats.z_loss,
     "specialization": routing_stats.specialization,
+    "mutual_information": lambda recording: _information(recording),
     "margin": routing_stats.margin,
-    "margin_histogram": routing_stats.margin_histogram,
+    "gate_histogram": routing_stats.gate_histogram,
     "transition": routing_stats.transition,
+    "paths": partial(routing_stats.paths, n=PATHS_SHOWN),
     "repetition": routing_stats.repetition,
+    "distinct_experts": routing_stats.distinct_experts,
+    "top_tokens": lambda recording: _top_tokens(recording),
 }
+
+_OTHER_STEPS = ("tables", "page", "store")
+
+PERMUTATIONS = {"token_id": 60, "domain": 200, "position": 60}
+"""How often each label is permuted: token and position just often enough for a p-value below 0.05 / 3."""
 
 
 def compute(recording: xr.DataTree, *, step: Callable[[str], None] = lambda name: None) -> Results:
-    """Every statistic of the report under the name of its function; ``specialization`` only for two domains or more."""
+    """Every statistic of the report under the name of its function.
+
+    ``specialization`` only for two domains or more; ``mutual_information`` has a dim ``label``, the domain among them
+    only then.
+    """
     results: Results = {}
     for name, statistic in _STATISTICS.items():
         step(name.replace("_", " "))
         if name == "specialization" and len(_domains(recording)) < 2:
             continue
-        result = statistic(recording)
-        results[name] = result.to_dataset(name="share") if isinstance(result, xr.DataArray) else result
-    routing = schema.group(recording, "routing")
-    per_expert = max(TOKEN_CHIPS // (routing.sizes["layer"] * routing.sizes["expert"]), 1)
-    results["top_tokens"] = routing_stats.top_tokens(recording, n=min(per_expert, 10))
+        results[name] = statistic(recording)
     return results
+
+
+def _information(recording: xr.DataTree) -> xr.Dataset:
+    """What token, domain and position say about the expert, along ``label``."""
+    labels = [label for label in PERMUTATIONS if label != "domain" or len(_domains(recording)) > 1]
+    parts = [
+        routing_stats.mutual_information(recording, of=label, n_permutations=PERMUTATIONS[label]) for label in labels
+    ]
+    result = xr.concat(parts, dim="label", coords="minimal", compat="override", combine_attrs="drop_conflicts")
+    del result.attrs["seed"]
+    for name, variable in result.data_vars.items():
+        variable.attrs = parts[0][name].attrs | {
+            "long_name": parts[0][name].attrs["long_name"].replace("token_id", "label")
+        }
+    return result.assign_coords(
+        label=("label", labels, {"long_name": "label of tokens", "units": "1"}),
+        n_permutations=(
+            "label",
+            [PERMUTATIONS[label] for label in labels],
+            {"long_name": "permutations of the label", "units": "1"},
+        ),
+    )
+
+
+def _top_tokens(recording: xr.DataTree) -> xr.Dataset:
+    routing = schema.group(recording, "routing")
+    n_cells = routing.sizes["layer"] * routing.sizes["expert"]
+    return routing_stats.top_tokens(recording, n=report_card.tokens_per_expert(n_cells))
 
 
 def _domains(recording: xr.DataTree) -> list[str]:
     """Domains with at least one token, in the order in which they came."""
     samples = schema.group(recording, "samples")
     return list(dict.fromkeys(samples["domain"].values[samples["n_tokens"].values > 0].astype(object).tolist()))
-
-
-def tidy(result: xr.Dataset) -> pd.DataFrame:
-    """One row for each cell, coords as columns, category codes by their names."""
-    labelled = result.assign_coords(
-        {
-            name: (coord.dims, schema.labels(coord))
-            for name, coord in result.coords.items()
-            if "categories" in coord.attrs
-        }
-    )
-    return labelled.to_dataframe().reset_index()
-
-
-def write_tables(results: Results, recording: xr.DataTree, folder: Path) -> None:
-    """Write each statistic as ``NAME.csv`` and ``NAME.parquet``, and ``README.md`` with the meaning of the columns."""
-    frames = {
-        name: tidy(result) for name, result in results.items() if name not in ("margin", "top_tokens", "transition")
-    }
-    frames["margin"] = _margin_frame(results["margin"])
-    frames["top_tokens"] = _token_frame(results["top_tokens"], recording)
-    transitions = tidy(results["transition"])
-    frames["transition"] = transitions[transitions["count"] > 0]
-    samples = schema.group(recording, "samples")
-    frames["samples"] = pd.DataFrame(
-        {
-            name: samples[name].values.astype(object) if name in ("name", "domain") else samples[name].values
-            for name in ("name", "domain", "n_tokens", "n_cut")
-        }
-    )
-    for stale in {*_STATISTICS, *frames} - frames.keys():  # of an earlier report, with other domains
-        for suffix in ("csv", "parquet"):
-            (folder / f"{stale}.{suffix}").unlink(missing_ok=True)
-    for name, frame in frames.items():
-        frame.to_csv(folder / f"{name}.csv", index=False)
-        frame.to_parquet(folder / f"{name}.parquet", index=False)
-    (folder / "README.md").write_text(_table_guide(results), encoding="utf-8")
-
-
-def _margin_frame(result: xr.Dataset) -> pd.DataFrame:
-    """Margins with a column for each quantile."""
-    quantiles = result["margin"].transpose("layer", "quantile").values
-    columns = {
-        f"quantile_{round(100 * q):02d}": quantiles[:, at] for at, q in enumerate(routing_stats.MARGIN_QUANTILES)
-    }
-    frame = tidy(result[["mean", "tie_share"]].drop_vars("quantile", errors="ignore"))
-    return frame.assign(**columns)
-
-
-def _token_frame(result: xr.Dataset, recording: xr.DataTree) -> pd.DataFrame:
-    """Top tokens with what they look like."""
-    pieces = schema.pieces(schema.group(recording, "vocabulary"))
-    frame = tidy(result).drop(columns="row", errors="ignore")
-    frame["token"] = [text_view.piece_label(pieces[token_id]) for token_id in frame["token_id"]]
-    return frame
-
-
-def _table_guide(results: Results) -> str:
-    lines = ["# Tables", "", "One row for each cell. `transition` leaves out cells without a token.", ""]
-    for name, result in results.items():
-        level = result.attrs.get("level")
-        note = f" Intervals: {level:.0%}, documents resampled." if level else ""
-        lines += [
-            f"## {name}",
-            "",
-            f"Made by `probe.routing_stats.{name}`.{note}",
-            "",
-            "| column | unit | meaning |",
-            "|---|---|---|",
-        ]
-        for key, variable in result.variables.items():
-            unit = variable.attrs.get("units", "1")
-            lines.append(f"| {key} | {unit} | {variable.attrs.get('long_name', key)} |")
-        lines.append("")
-    return "\n".join(lines)
 
 
 def summarize(recording: xr.DataTree, found: Sequence[findings.Finding], problems: Sequence[BadLine]) -> dict[str, Any]:
@@ -291,6 +259,8 @@ def render(
     problems: Sequence[BadLine],
 ) -> str:
     """The page as one string of HTML; ``summary`` is that of :func:`summarize`."""
+    pointed = _pointed(found)
+    layer, expert = _first_card(results["load_interval"], found)
     environment = Environment(
         loader=FileSystemLoader(text_view.ASSETS),
         autoescape=True,
@@ -307,15 +277,16 @@ def render(
         summary=summary,
         problems=[str(bad) for bad in problems[:20]],
         sections=report_sections.build(results),
+        card_title=titles.expert(results["load_interval"], layer=layer, expert=expert, unit=_unit(recording)),
+        card=Markup(_card(recording, results, layer=layer, expert=expert)),
+        with_domains="specialization" in results,
         token_layers=_token_layers(results, recording),
-        tokens_file="top_tokens",
-        open_layer=_pointed(found).get("layer", results["margin"]["layer"].values[0]),
-        text=Markup(_text(recording, _pointed(found))),
+        text=Markup(_text(recording, pointed)),
         recorded=[
             (name.replace("_", " "), str(recording.attrs[name])) for name in schema.ROOT_ATTRIBUTES if name != "config"
         ],
         style=Markup(text_view.style() + _asset("report.css")),
-        script=Markup(text_view.script() + _asset("report.js")),
+        script=Markup(text_view.script() + _asset("report_card.js") + _asset("report.js")),
         plotly=Markup(get_plotlyjs()),
     )
 
@@ -356,18 +327,43 @@ def _skipped(summary: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def _first_card(load: xr.Dataset, found: Sequence[findings.Finding]) -> tuple[int, int]:
+    """The layer and the expert that the first finding about one names, or else the busiest of all."""
+    for finding in found:
+        if {"layer", "expert"} <= finding.where.keys():
+            return int(finding.where["layer"]), int(finding.where["expert"])
+    shares = load["load"].transpose("layer", "expert")
+    row, column = np.unravel_index(int(np.nanargmax(shares.values)), shares.shape)
+    return int(shares["layer"][row]), int(shares["expert"][column])
+
+
+def _card(recording: xr.DataTree, results: Results, *, layer: int, expert: int) -> str:
+    """The data of all expert cards, opened at one of them, for the page's script."""
+    domains: list[str] = []
+    if "specialization" in results:
+        domains = report_sections.telling_domains(findings.specialized_cells(results["specialization"]))
+    data = report_card.card_data(results, schema.group(recording, "vocabulary"), domains=domains)
+    return text_view.script_json(data | {"layer": layer, "expert": expert, "unit": _unit(recording)})
+
+
+def _unit(recording: xr.DataTree) -> str:
+    """What a load is a share of."""
+    return "tokens" if recording.attrs["top_k"] == 1 else "assignments"
+
+
 def _token_layers(results: Results, recording: xr.DataTree) -> list[dict[str, Any]]:
-    """Layers with their experts and the tokens that each attracts, for the template."""
+    """Layers with their experts and the tokens that each attracts; none where there are too many experts to list."""
     load = results["load_interval"]["load"].transpose("layer", "expert")
-    chips: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in _token_frame(results["top_tokens"], recording).to_dict("records"):
-        chips.setdefault((row["layer"], row["expert"]), []).append(
-            {
-                "label": Markup(text_view.text_html(row["token"])),
-                "hover": f"{row['count']:,} of its {row['occurrences']:,} occurrences "
-                f"({findings.percent(row['share'])}), {findings.times(row['lift'])} the expert's share of all tokens",
-            }
-        )
+    if load.size > LISTED_EXPERTS:
+        return []
+    pieces = schema.pieces(schema.group(recording, "vocabulary"))
+    chips: dict[tuple[int, int], list[Markup]] = {}
+    top = results["top_tokens"]
+    for layer, expert, token_id in zip(
+        *(top[name].values.tolist() for name in ("layer", "expert", "token_id")), strict=True
+    ):
+        label = Markup(text_view.text_html(text_view.piece_label(pieces[token_id])))
+        chips.setdefault((layer, expert), []).append(label)
     return [
         {
             "layer": int(layer),

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
 import numpy as np
-import plotly.graph_objects as go
 import xarray as xr
-from markupsafe import Markup
 
-from probe import figures, findings, routing_stats, schema, text_view, titles
+from probe import figures, findings, text_view, titles
+from probe.bootstrap import MIN_DOCUMENTS
+from probe.report_parts import Section, Table, bounded, by_layer, figure_html, layer_by_expert, layer_name
+from probe.routing.margins import MARGIN_QUANTILES
 
 Results = dict[str, xr.Dataset]
 """Results of :mod:`probe.routing_stats` by the names of their functions."""
-
-LARGEST_TABLE = 4_000
-"""Cells of a table in the page; larger ones are only in ``tables/``."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the page: a heading, column names and rows of text."""
-
-    caption: str
-    columns: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the page.
-
-    ``title`` says what one sees, ``reading`` how to read it, ``definition`` what exactly it is and ``source`` where
-    that comes from; ``file`` names the table in ``tables/``.
-    """
-
-    anchor: str
-    title: str
-    reading: str
-    definition: str
-    source: str
-    file: str
-    figure: Markup
-    tables: list[Table] = field(default_factory=list)
 
 
 def build(results: Results) -> list[Section]:
@@ -51,13 +19,15 @@ def build(results: Results) -> list[Section]:
     sections = [_load(results["load_interval"]), _imbalance(results["imbalance"])]
     if "specialization" in results:
         sections.append(_domains(results["specialization"]))
+    if results["mutual_information"]["p_value"].notnull().any():
+        sections.append(_information(results["mutual_information"]))
     if results["margin"]["mean"].notnull().any():
         sections.append(_margins(results["margin"]))
     if results["transition"].sizes["layer"]:
-        sections.append(_transitions(results["transition"]))
+        sections += [_transitions(results["transition"]), _paths(results["paths"])]
     if results["repetition"]["repetition"].notnull().any():
         sections.append(_repetition(results["repetition"]))
-    return sections
+    return [*sections, _batches(results["distinct_experts"])]
 
 
 def _load(result: xr.Dataset) -> Section:
@@ -66,28 +36,31 @@ def _load(result: xr.Dataset) -> Section:
         anchor="load",
         title=title,
         reading="Each row is a layer, each cell an expert: orange took more than an even share, blue less. "
-        f"{_unsettled(result, 'the interval holds an even share')} ×: no token was seen. {text_view.NOPE_SIGN} marks "
-        "layers whose attention has no positions (NoPE). Click a cell to see its tokens in the text.",
+        f"{_unsettled(result, 'the interval holds an even share, or is withheld (hover says why)')} ×: no token was "
+        f"seen. {text_view.NOPE_SIGN} marks layers whose attention has no positions (NoPE). Click a cell for all about "
+        "its expert.",
         definition="Load is an expert's assignments over all assignments of its layer, N_e / (T·k); an even share is "
-        "1/E. It counts choices, not gates; the shared expert is not counted. An unused expert is reported with "
-        "its bound (rule of three), not as dead.",
-        source="Jiang et al. 2024 (Mixtral), Fig. 7",
+        "1/E. It counts choices, not gates; the shared expert is not counted. The interval is Clopper–Pearson for as "
+        "many independent choices as the tokens are worth: the bootstrap over documents gives their design effect, "
+        f"Student's t allows for few documents. It is withheld below {MIN_DOCUMENTS} documents and where a load rests "
+        "on too few of them. An unused expert is reported with its bound (rule of three), not as dead.",
+        source="Load: Jiang et al. 2024 (Mixtral), Fig. 7; interval: Korn & Graubard 1998",
         file="load_interval",
-        figure=_figure(figures.expert_load(result, title=""), title),
-        tables=_layer_by_expert("Load (%)", 100 * result["load"]),
+        figure=figure_html(figures.expert_load(result, title=""), title),
+        tables=layer_by_expert("Load (%)", 100 * result["load"]),
     )
 
 
 def _imbalance(result: xr.Dataset) -> Section:
     title = titles.imbalance(result)
     columns = {
-        "MaxVio": "max_violation",
-        "from": "max_violation_lower",
-        "to": "max_violation_upper",
-        "uniform router, below": "max_violation_null_upper",
-        "variation": "coefficient_of_variation",
-        "Gini": "gini",
-        "entropy / ln E": "normalized_entropy",
+        name: (key, f"{key}_lower", f"{key}_upper")
+        for name, key in {
+            "MaxVio": "max_violation",
+            "variation": "coefficient_of_variation",
+            "Gini": "gini",
+            "entropy / ln E": "normalized_entropy",
+        }.items()
     }
     return Section(
         anchor="imbalance",
@@ -96,11 +69,13 @@ def _imbalance(result: xr.Dataset) -> Section:
         "router would show by chance with as many tokens; the line is the interval over documents.",
         definition="MaxVio is the load of the busiest expert over the mean load, minus 1; 0 is perfectly even. Chance: "
         "a uniform router and independent tokens, below the bar's end in 97.5 % of cases. Tokens of one document are "
-        "not independent, so look at the interval, too.",
+        "not independent, so look at the interval, too; it resamples whole documents.",
         source="arXiv 2408.15664, Eq. 4",
         file="imbalance",
-        figure=_figure(figures.imbalance(result, title=""), title),
-        tables=[_by_layer("Imbalance", result, columns)],
+        figure=figure_html(figures.imbalance(result, title=""), title),
+        tables=[
+            by_layer("Imbalance", result, {**columns, "MaxVio of a uniform router, below": "max_violation_null_upper"})
+        ],
     )
 
 
@@ -108,20 +83,23 @@ def _domains(result: xr.Dataset) -> Section:
     cells = findings.specialized_cells(result)
     names = telling_domains(cells)
     title = titles.specialization(cells)
-    doubtful = f"the difference may be chance, judged for all {cells.attrs['n_compared']:,} cells at once"
+    doubtful = f"the difference may be chance, judged for all {cells.attrs['n_tested']:,} cells at once"
     left_out = result.sizes["domain"] - len(names)
     more = f" Drawn are the {len(names)} most distinct domains; {left_out} more are in the data." if left_out else ""
-    tables = [_layer_by_expert(f"{name}: lift", result["lift"].sel(domain=name)) for name in names]
+    tables = [layer_by_expert(f"{name}: lift", result["lift"].sel(domain=name)) for name in names]
     return Section(
         anchor="domains",
         title=title,
         reading="Orange experts take a larger share of this domain's tokens than of all tokens, blue ones a smaller. "
         f"{_unsettled(result, doubtful)} ×: no token of the domain.{more}",
         definition="Lift is the share of a domain's assignments that an expert took over its share of all assignments. "
-        "Intervals resample whole documents; to judge all cells together they are widened (Bonferroni).",
-        source="OLMoE, arXiv 2409.02060, Eq. 7",
+        f"A cell differs surely if whole documents, their domains exchanged {result.attrs['n_permutations']:,} times, "
+        "hardly ever make any cell of all differ as much (permutation, max-T). The intervals in the hover resample "
+        "whole documents, with Student's t, and hold for one cell; the sentences above widen them for all cells "
+        "(Bonferroni).",
+        source="Lift: OLMoE, arXiv 2409.02060, Eq. 7; max-T: Westfall & Young 1993",
         file="specialization",
-        figure=_figure(figures.specialization(result, settled=cells["settled"], domains=names, title=""), title),
+        figure=figure_html(figures.specialization(result, settled=cells["settled"], domains=names, title=""), title),
         tables=[table for found in tables for table in found],
     )
 
@@ -145,19 +123,22 @@ def _unsettled(result: xr.Dataset, meaning: str) -> str:
 
 def _margins(result: xr.Dataset) -> Section:
     title = titles.margin(result)
-    quantiles = result["margin"].transpose("layer", "quantile").values
-    columns = [f"{quantile:.0%}" for quantile in routing_stats.MARGIN_QUANTILES]
-    rows = [[layer_name(result, at), *map(_number, row)] for at, row in enumerate(quantiles)]
+    columns = [f"{quantile:.0%}" for quantile in MARGIN_QUANTILES]
+    names = ("margin", "margin_lower", "margin_upper")
+    quantiles = np.stack([result[name].transpose("layer", "quantile").values for name in names], axis=-1)
+    rows = [[layer_name(result, at), *(bounded(*cell) for cell in row)] for at, row in enumerate(quantiles)]
     return Section(
         anchor="margins",
         title=title,
-        reading="The dot is the median, the thick bar the middle half and the thin line the middle 90 % of decisions. "
+        reading="The dot is the median with its interval, the thick bar the middle half and the thin line the middle "
+        "90 % of decisions. "
         "Decisions near 0 are close calls: rounding, another kernel or FP8 may flip them.",
         definition="The margin is the raw logit of the weakest expert chosen minus that of the best not chosen; ties "
-        "are 0. Llama 4's router ranks raw logits and applies the sigmoid afterwards.",
-        source="transformers, models/llama4",
+        "are 0. Llama 4's router ranks raw logits and applies the sigmoid afterwards. "
+        "The interval of the median resamples whole documents.",
+        source="transformers, models/llama4; interval of a quantile: Woodruff 1952",
         file="margin",
-        figure=_figure(figures.margin(result, title=""), title),
+        figure=figure_html(figures.margin(result, title=""), title),
         tables=[Table("Quantiles of the margin (logits)", ["layer", *columns], rows)],
     )
 
@@ -176,57 +157,112 @@ def _transitions(result: xr.Dataset) -> Section:
         "is independence. Experts' numbers are arbitrary in every layer: a diagonal has no meaning.",
         source="Yao et al. 2024 (ExFlow), arXiv 2401.08383",
         file="transition",
-        figure=_figure(figures.transition(result, drawn=findings.enough_expected(result), title=""), title),
+        figure=figure_html(figures.transition(result, drawn=findings.enough_expected(result), title=""), title),
     )
 
 
 def _repetition(result: xr.Dataset) -> Section:
     title = titles.repetition(result)
-    columns = {"same expert": "repetition", "from": "lower", "to": "upper", "independent tokens": "null"}
+    columns = {"same expert": ("repetition", "lower", "upper"), "independent tokens": "null"}
     return Section(
         anchor="repetition",
         title=title,
         reading="A point right of its grey bar: two tokens in a row go to the same expert more often than independent "
         "tokens with the same loads would.",
         definition="Share of neighbouring tokens of a document with the same first choice; the null is the sum of "
-        "squared shares, not 1/E.",
+        "squared shares, not 1/E. The interval resamples whole documents.",
         source="Jiang et al. 2024 (Mixtral), Table 5",
         file="repetition",
-        figure=_figure(figures.repetition(result, title=""), title),
-        tables=[_by_layer("Repetition", result, columns)],
+        figure=figure_html(figures.repetition(result, title=""), title),
+        tables=[by_layer("Repetition", result, columns)],
     )
 
 
-def _figure(figure: go.Figure, label: str) -> Markup:
-    """A figure as data for the page's script, and room for it."""
-    html = (
-        '<div class="figure" role="img" aria-label="{}" style="min-height:{}px">'
-        "<noscript>Figures need JavaScript; the numbers are in the data below.</noscript>"
-        '<script type="application/json">{}</script></div>'
+def _information(result: xr.Dataset) -> Section:
+    title = titles.information(result)
+    told = findings.tells(result)
+    shuffles = dict(zip(result["label"].values.tolist(), result["n_permutations"].values.tolist(), strict=True))
+    swapped = f"domains between whole documents ({shuffles['domain']} times), " if "domain" in shuffles else ""
+    columns = {
+        "normalized": "normalized",
+        "null, mean": "null",
+        "null, 95 %": "null_upper",
+        "information (nat)": "mutual_information",
+        "p, all layers (max-T)": "p_value",
+        "p, adjusted (Benjamini–Yekutieli)": "p_adjusted",
+    }
+    return Section(
+        anchor="information",
+        title=title,
+        reading="A point right of its grey bar: the label says more about the expert than permuted labels do; a hollow "
+        "point may be chance. Each panel has an axis of its own, for labels of many values share more by chance alone: "
+        "compare layers, not panels.",
+        definition="Normalized mutual information, 2 I(label; expert) / (H(label) + H(expert)): 0 % if neither says "
+        f"anything about the other, 100 % if each fixes the other. Permuted are {swapped}tokens and positions within "
+        f"their document ({shuffles['token_id']} times), so that what a document as a whole prefers is no evidence. "
+        "p-values hold for all layers at once (max-T); a point is filled if its p-value also holds for all panels "
+        "(below 0.05 over their number).",
+        source="Cover & Thomas 2006, § 2.3; max-T: Westfall & Young 1993",
+        file="mutual_information",
+        figure=figure_html(figures.information(result, told=told, title=""), title),
+        tables=[
+            by_layer(f"Expert and {titles.LABELS.get(str(name), str(name))}", result.sel(label=name), columns)
+            for name in shuffles
+        ],
     )
-    return Markup(html).format(label, figure.layout.height, Markup(text_view.script_safe(figure.to_json())))
 
 
-def layer_name(result: xr.Dataset | xr.DataArray, at: int) -> str:
-    """The layer at a position of a result, with the sign of a NoPE layer."""
-    kind = schema.labels(result["attention_kind"])[at]
-    return text_view.layer_label(int(result["layer"][at]), kind == "nope")
+def _paths(result: xr.Dataset) -> Section:
+    title = titles.paths(result)
+    rows = [
+        [
+            str(int(path["path"])),
+            " → ".join(map(str, path["expert"].values)),
+            f"{int(path['count']):,}",
+            bounded(*(100 * float(path[name]) for name in ("share", "lower", "upper"))),
+            f"{100 * float(path['expected']):.2g}",
+            titles.rough(float(path["lift"])),
+        ]
+        for path in (result.isel(path=at) for at in range(result.sizes["path"]))
+    ]
+    columns = ["rank", "experts", "tokens", "share (%)", "independent layers (%)", "lift"]
+    return Section(
+        anchor="paths",
+        title=title,
+        reading="Each row is a way through all MoE layers; a blue point far right of its grey tick is a path that more "
+        "tokens take than if the layers chose independently.",
+        definition="First choices only. Independent layers: the product of the loads of the path's experts. The "
+        f"interval resamples whole documents; it is withheld below {MIN_DOCUMENTS} documents, or where a path comes "
+        "from too few. These paths were picked because they are common here, so part of their counts is luck.",
+        source="Yao et al. 2024 (ExFlow), arXiv 2401.08383",
+        file="paths",
+        figure=figure_html(figures.paths(result, title=""), title),
+        tables=[Table("Most common paths", columns, rows)],
+    )
 
 
-def _by_layer(caption: str, result: xr.Dataset, columns: Mapping[str, str]) -> Table:
-    values = np.stack([result[name].values for name in columns.values()], axis=-1)
-    rows = [[layer_name(result, at), *map(_number, row)] for at, row in enumerate(values)]
-    return Table(caption, ["layer", *columns], rows)
-
-
-def _layer_by_expert(caption: str, values: xr.DataArray) -> list[Table]:
-    """One table of layers × experts, or none where it would be too large to read."""
-    values = values.transpose("layer", "expert")
-    if values.size > LARGEST_TABLE:
-        return []
-    rows = [[layer_name(values, at), *map(_number, row)] for at, row in enumerate(values.values)]
-    return [Table(caption, ["layer \\ expert", *map(str, values["expert"].values)], rows)]
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if np.isfinite(value) else "–"
+def _batches(result: xr.Dataset) -> Section:
+    title = titles.batches(result)
+    names = {"unrelated": "distinct", "consecutive": "consecutive"}
+    middle = {
+        name: np.median(result[key].transpose("layer", "batch_size").values, axis=0) for name, key in names.items()
+    }
+    rows = [
+        [f"{size:,}", *(bounded(float(values[at])) for values in (*middle.values(), result["uniform"].values))]
+        for at, size in enumerate(result["batch_size"].values)
+    ]
+    columns = ["tokens", *names, "uniform router"]
+    return Section(
+        anchor="batches",
+        title=title,
+        reading="The lower a line below the dotted one, the fewer experts' weights a server must read for a batch of "
+        "so many tokens.",
+        definition="Unrelated tokens, such as those of different requests at decode: Σ_e 1 − (1 − p_e)^B, where p_e is "
+        "the share of tokens that choose e. Consecutive tokens, such as those of a prefill: the mean over runs of B "
+        "tokens of a document. Uniform: E·(1 − (1 − k/E)^B). The band holds every layer's interval, which resamples "
+        "whole documents.",
+        source="Expected occupancy: Johnson & Kotz 1977, Urn Models",
+        file="distinct_experts",
+        figure=figure_html(figures.batches(result, title=""), title),
+        tables=[Table("Experts touched in the median layer", columns, rows)],
+    )

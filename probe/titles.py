@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from probe.findings import digits, enough_expected, percent, times
+from probe import schema
+from probe.bootstrap import MIN_DOCUMENTS
+from probe.findings import counted, digits, enough_expected, percent, tells, times
 from probe.text_view import layer_label
 
 
@@ -24,12 +26,26 @@ def load(result: xr.Dataset) -> str:
     """What the heatmap of load shows, from ``load_interval``."""
     load = result["load"].transpose("layer", "expert")
     ratio, lower = (part.transpose("layer", "expert").values * load.sizes["expert"] for part in (load, result["lower"]))
+    if np.isnan(lower).all():
+        return f"Fewer than {MIN_DOCUMENTS} documents cannot say which expert is busier than an even share"
     if not (lower > 1).any():
         return "No expert is surely busier than an even share"
-    row, column = np.unravel_index(int(np.nanargmax(ratio)), ratio.shape)
+    row, column = np.unravel_index(int(np.nanargmax(np.where(lower > 1, ratio, np.nan))), ratio.shape)
+    of_all = "of all" if ratio[row, column] == np.nanmax(ratio) else "whose load is certain"
     return (
-        f"The busiest expert of all is number {int(load['expert'][column])} of layer {int(load['layer'][row])}, "
+        f"The busiest expert {of_all} is number {int(load['expert'][column])} of layer {int(load['layer'][row])}, "
         f"at {times(ratio[row, column])} an even share"
+    )
+
+
+def expert(result: xr.Dataset, *, layer: int, expert: int, unit: str = "tokens") -> str:
+    """What the card of one expert shows first, from ``load_interval``."""
+    load = result["load"].sel(layer=layer, expert=expert)
+    name = layer_label(layer, schema.labels(load["attention_kind"].expand_dims("layer"))[0] == "nope")
+    share = float(load)
+    return (
+        f"Expert {expert} of layer {name} takes {percent(share)} of the {unit}, "
+        f"{times(share * result.sizes['expert'])} an even share"
     )
 
 
@@ -54,7 +70,7 @@ def imbalance(result: xr.Dataset) -> str:
     above = result["max_violation_lower"] > result["max_violation_null_upper"]
     layers = [int(layer) for layer in result["layer"].values[above.values]]
     if result["max_violation_lower"].isnull().all():
-        return "One document alone cannot say whether a layer is less even than chance"
+        return f"Fewer than {MIN_DOCUMENTS} documents cannot say whether a layer is less even than chance"
     if not layers:
         return "No layer is surely less even than chance would make it"
     verb = "are" if 1 < len(layers) < result.sizes["layer"] else "is"
@@ -64,15 +80,15 @@ def imbalance(result: xr.Dataset) -> str:
 
 def specialization(cells: xr.Dataset) -> str:
     """What the heatmaps of domains show, from ``findings.specialized_cells``."""
-    n_compared, n_settled = int(cells.attrs["n_compared"]), int(cells["settled"].sum())
-    if not n_compared:
+    n_tested, n_settled = int(cells.attrs["n_tested"]), int(cells["settled"].sum())
+    if not n_tested:
         return "Too few documents in each domain to tell the domains apart"
     if not n_settled:
         return "No domain surely prefers an expert"
     by_domain = cells["settled"].sum(["layer", "expert"])
     most = str(cells["domain"].values[int(by_domain.argmax("domain"))])
     return (
-        f"“{most}” has the most distinct taste; {percent(n_settled / n_compared)} of all cells surely differ from the "
+        f"“{most}” has the most distinct taste; {percent(n_settled / n_tested)} of all cells surely differ from the "
         "overall load"
     )
 
@@ -116,3 +132,74 @@ def repetition(result: xr.Dataset) -> str:
         return "In no layer do neighbouring tokens surely share an expert more often than chance"
     where = layers_in_words(layers, result.sizes["layer"])
     return f"Neighbouring tokens share an expert more often than chance in {where}"
+
+
+LABELS = {"token_id": "token", "domain": "domain", "position": "position"}
+"""What may explain the choice, in words."""
+
+
+def information(result: xr.Dataset) -> str:
+    """What the figure of mutual information shows, from ``mutual_information`` with a dim ``label``."""
+    telling = tells(result)
+    n_layers = result.sizes["layer"]
+    names = [str(label) for label in result["label"].values if bool(telling.sel(label=label).any())]
+    if result["p_value"].isnull().all():
+        return "Neither labels nor documents vary, so nothing can explain the choice of expert"
+    if not names:
+        return "Nothing that was asked tells more about the expert than chance would"
+    strongest = result.sel(label=names[0])
+    at = int(strongest["excess"].where(telling.sel(label=names[0])).argmax("layer"))
+    layers = [int(layer) for layer in result["layer"].values[telling.sel(label=names[0]).values]]
+    head = LABELS.get(names[0], names[0])
+    value, null = (percent(float(strongest[name][at])) for name in ("normalized", "null"))
+    most = f", most in layer {int(result['layer'][at])}" if len(layers) > 1 else ""
+    return (
+        f"{head[0].upper()}{head[1:]} and expert tell about each other in {layers_in_words(layers, n_layers)}{most}: "
+        f"they share {value} of their information, {null} by chance"
+    )
+
+
+NEARLY_UNIQUE = 0.9
+"""Paths over tokens above which there is nothing common about a common path."""
+
+
+def paths(result: xr.Dataset) -> str:
+    """What the figure of paths shows, from ``paths``."""
+    n_paths, n_tokens = int(result["n_paths"]), int(result["n_tokens"])
+    if n_paths == 1:
+        return "All tokens take the same path through the layers"
+    if n_paths > NEARLY_UNIQUE * n_tokens:
+        return f"Nearly every token takes a path of its own: {counted(n_tokens, 'token')}, {n_paths:,} paths"
+    first = result.isel(path=0)
+    share, lift = percent(float(first["share"])), rough(float(first["lift"]))
+    return (
+        f"{n_tokens:,} tokens take {n_paths:,} paths; the most common carries {share} of them, {lift} what "
+        "independent layers give"
+    )
+
+
+def rough(ratio: float) -> str:
+    """A ratio that may be huge: two digits that count."""
+    return times(float(f"{ratio:.2g}")) if np.isfinite(ratio) else times(ratio)
+
+
+def batches(result: xr.Dataset) -> str:
+    """What the figure of batches shows, from ``distinct_experts``."""
+    size, unrelated, consecutive, uniform = typical_batch(result)
+    head = f"A batch of {counted(size, 'unrelated token')} touches {unrelated:.3g} experts in the median layer"
+    if np.isfinite(consecutive):
+        head += f", {size:,} consecutive ones {consecutive:.3g}"
+    return f"{head}; a uniform router would touch {uniform:.3g}"
+
+
+def typical_batch(result: xr.Dataset) -> tuple[int, float, float, float]:
+    """A batch size of ``distinct_experts`` at which much is still open, and what it touches.
+
+    The first size at which a uniform router touches half of what it touches at the largest. With it the median over
+    layers of ``distinct`` and of ``consecutive`` (NaN where no document is as long), and ``uniform``.
+    """
+    uniform = result["uniform"].values
+    at = int(np.argmax(uniform >= uniform.max() / 2))
+    own = result.isel(batch_size=at)
+    unrelated, consecutive = (float(np.median(own[name].values)) for name in ("distinct", "consecutive"))
+    return int(result["batch_size"][at]), unrelated, consecutive, float(uniform[at])

@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from probe import figure_parts, figures, findings, routing_stats
+from probe import figure_parts, figures, findings, report, routing_stats
 from tests import planted
 
 
@@ -49,15 +49,27 @@ def test_dense_layers_are_gaps_and_nope_layers_carry_their_sign():
 
 
 def test_hover_gives_the_value_with_its_interval_and_bounds_an_unused_expert():
-    tree = planted.from_experts(np.array([[0]] * 30 + [[1]] * 10), n_experts=3, lengths=[10] * 4)
+    chosen = np.array([[0], [0], [0], [1]] * 15)
+    tree = planted.from_experts(chosen, n_experts=3, lengths=[10] * 6)
     result = routing_stats.load_interval(tree)
     figure = figures.expert_load(result)
     first, unused = figure.data[0].customdata[0][0][0], figure.data[0].customdata[0][2][0]
     lower, upper = (100 * float(result[name][0, 0]) for name in ("lower", "upper"))
     assert first == f"expert 0<br>load 75.00 % [{lower:.2f}, {upper:.2f}]"
-    assert unused == f"expert 2<br>no token seen<br>load ≤ {100 * float(result['upper'][0, 2]):.2g} %"
+    assert unused == f"expert 2<br>no token seen<br>load ≤ {100 * float(result['upper'][0, 2]):.2g} % (rule of three)"
     assert figure.data[0].text[0][2] == "×"
     assert np.isfinite(figure.data[0].z[0][2])  # clipped to the lowest colour, which a gap has not
+
+
+def test_hover_says_why_an_interval_is_withheld():
+    few = planted.from_experts(np.array([[0], [0], [1]] * 4), n_experts=2, lengths=[3] * 4, domains=["a", "b"] * 2)
+    cells = figures.expert_load(routing_stats.load_interval(few)).data[0].customdata
+    assert cells[0][0][0] == "expert 0<br>load 66.67 %<br>interval withheld: fewer than 5 documents"
+    lone = planted.from_experts(np.array([[0]] * 190 + [[1]] * 10), n_experts=2, lengths=[10] * 20)
+    cells = figures.expert_load(routing_stats.load_interval(lone)).data[0].customdata
+    assert cells[0][1][0] == "expert 1<br>load 5.00 %<br>interval withheld: rests on too few documents"
+    cells = figures.specialization(routing_stats.specialization(few)).data[0].customdata
+    assert "<br>lift 1.00 ×<br>interval withheld: fewer than 5 documents<br>a" in cells[0][0][0]
 
 
 def test_a_cell_that_may_be_even_has_a_dot_or_no_colour():
@@ -98,6 +110,8 @@ def test_margins_are_drawn_as_their_quantiles():
     np.testing.assert_allclose(np.reshape(thin.x, (2, 3))[:, :2], quantiles[:, [0, 4]])
     np.testing.assert_allclose(np.reshape(thick.x, (2, 3))[:, :2], quantiles[:, [1, 3]])
     np.testing.assert_allclose(median.x, quantiles[:, 2])
+    np.testing.assert_allclose(median.x + median.error_x.array, result["margin_upper"].values[:, 2])
+    np.testing.assert_allclose(median.x - median.error_x.arrayminus, result["margin_lower"].values[:, 2])
     assert "logits" in figures.margin(result).layout.xaxis.title.text
 
 
@@ -141,6 +155,63 @@ def test_many_steps_and_domains_are_thinned():
     assert heads[0] == "<b>0 → 1</b>" and heads[-1].startswith("<b>28")
 
 
+def information(tree):
+    return report.compute(tree)["mutual_information"]
+
+
+def test_information_stands_beside_its_null_and_what_may_be_chance_is_hollow():
+    result = information(recorded(token_id=np.arange(400) % 7))
+    told = findings.tells(result)
+    told[0, 0], told[0, 1] = True, False
+    figure = figures.information(result, told=told)
+    assert [head.text for head in figure.layout.annotations] == [
+        "<b>the token</b>",
+        "<b>the document's domain</b>",
+        "<b>the position</b>",
+    ]
+    for column, label in enumerate(("token_id", "domain", "position")):
+        null, mean, rope, nope = figure.data[4 * column : 4 * column + 4]
+        own = result.sel(label=label)
+        np.testing.assert_allclose(null.x, 100 * own["null_upper"])
+        np.testing.assert_allclose(mean.x, 100 * own["null"])
+        np.testing.assert_allclose(rope.x, 100 * own["normalized"][:3])
+        np.testing.assert_allclose(nope.x, 100 * own["normalized"][3:])
+    assert figure.data[2].marker.symbol[:2] == ("circle", "circle-open")
+
+
+def test_paths_are_written_beside_their_shares():
+    experts = np.array([[0, 1, 2]] * 30 + [[2, 1, 0]] * 20 + [[1, 0, 0]] * 10)
+    tree = planted.from_experts(experts, n_experts=3, lengths=[10] * 6, layers=[1, 3, 5])
+    result = routing_stats.paths(tree, n=15)
+    written, expected, recorded_ = figures.paths(result).data
+    assert "".join(written.text) == "012210100"
+    assert list(written.y) == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    np.testing.assert_allclose(recorded_.x, [50, 100 / 3, 50 / 3])
+    np.testing.assert_allclose(expected.x, [100 * 0.5 * 50 / 60 * 0.5, 100 / 3 * 50 / 60 * 0.5, 100 / 6 / 6 * 0.5])
+    assert figures.paths(result).layout.xaxis2.type == "log"
+    assert "path 1: 0 → 1 → 2<br>50 % of tokens" in recorded_.customdata[0]
+
+
+def test_a_long_path_is_in_its_hover():
+    result = routing_stats.paths(recorded(layers=range(20)), n=15)
+    expected, recorded_ = figures.paths(result).data
+    words = recorded_.customdata[0].split("<br>")
+    assert words[0].startswith("path 1: ") and words[0].count("→") == 12 and words[1].count("→") == 7
+    np.testing.assert_allclose(expected.x, 100 * result["expected"])
+
+
+def test_batches_are_layers_their_median_and_a_uniform_router():
+    result = routing_stats.distinct_experts(recorded())
+    band, lines, median, uniform, consecutive, _, _ = figures.batches(result).data
+    sizes = result.sizes["batch_size"]
+    np.testing.assert_allclose(np.reshape(lines.y, (4, sizes + 1))[:, :-1], result["distinct"])
+    np.testing.assert_allclose(np.reshape(consecutive.y, (4, sizes + 1))[:, :-1], result["consecutive"])
+    np.testing.assert_allclose(median.y, np.median(result["distinct"], axis=0))
+    np.testing.assert_allclose(uniform.y, result["uniform"])
+    np.testing.assert_allclose(band.y[:sizes], result["upper"].max("layer"))
+    np.testing.assert_allclose(band.y[sizes:][::-1], result["lower"].min("layer"))
+
+
 def test_every_figure_shares_template_and_takes_a_title():
     tree = recorded()
     drawn = {
@@ -150,6 +221,8 @@ def test_every_figure_shares_template_and_takes_a_title():
         figures.repetition: routing_stats.repetition,
         figures.specialization: routing_stats.specialization,
         figures.transition: routing_stats.transition,
+        figures.paths: routing_stats.paths,
+        figures.batches: routing_stats.distinct_experts,
     }
     for draw, statistic in drawn.items():
         assert len(inspect.signature(draw).parameters) <= 6

@@ -23,7 +23,7 @@ def loads(load, lower, upper, *, layers=(0,), n_documents=100):
     return result.assign(n_documents=n_documents)
 
 
-def preferences(lift, lower, upper, *, n_documents, share=0.4, layers=(5,)):
+def preferences(lift, lower, upper, *, n_documents, share=0.4, layers=(5,), p_value=None):
     """Lift (domain, layer, expert) of made-up domains; every share is the same."""
     names = [f"d{index}" for index in range(len(lift))]
     dims = ("domain", "layer", "expert")
@@ -31,6 +31,7 @@ def preferences(lift, lower, upper, *, n_documents, share=0.4, layers=(5,)):
     data = {name: (dims, np.asarray(value, float)) for name, value in values.items()}
     for name, value in (("share", share), ("share_lower", share * 0.9), ("share_upper", share / 0.9)):
         data[name] = (dims, np.full(np.shape(lift), value))
+    data["p_value"] = (dims, np.full(np.shape(lift), 0.001) if p_value is None else np.asarray(p_value, float))
     data["n_documents"] = ("domain", n_documents)
     return layered(layers).merge(
         xr.Dataset(data, coords={"domain": names, "expert": np.arange(np.shape(lift)[2])}),
@@ -72,28 +73,68 @@ def test_ratios_are_written_for_people(ratio, text):
 
 def test_widening_is_student_and_bonferroni():
     assert findings.widening(0.95, 1, 1e9) == pytest.approx(1)
-    assert findings.widening(0.95, 1, 20) == pytest.approx(2.0930 / 1.95996, rel=1e-3)  # t table, 19 degrees of freedom
+    assert findings.widening(0.95, 1, 20) == pytest.approx(1)  # the interval is Student's already
     assert findings.widening(0.95, 100, 1e9) == pytest.approx(3.4808 / 1.95996, rel=1e-4)  # z at 1 - 0.025 / 100
-    assert findings.widening(0.95, 50, 20) == pytest.approx(3.883 / 1.95996, rel=1e-2)  # t table at 0.9995, 19 degrees
+    assert findings.widening(0.95, 50, 20) == pytest.approx(3.883 / 2.0930, rel=1e-3)  # t table, 0.9995 and 0.975
 
 
 def test_cells_are_judged_together():
     many = 10**7  # documents, so that only the number of cells widens
-    result = preferences([[[2.0, 1.5]]], [[[1.6, 1.01]]], [[[2.5, 2.2277]]], n_documents=[many])
+    bounds = [[[1.6, 1.01]]], [[[2.5, 2.2277]]]
+    result = preferences([[[2.0, 1.5]]], *bounds, n_documents=[many], p_value=[[[0.01, 0.2]]])
     cells = findings.specialized_cells(result)
     factor = 2.2414 / 1.95996  # z at 1 - 0.05 / 4 over z at 1 - 0.05 / 2
     assert cells.attrs["n_compared"] == 2
     assert cells["lift_lower"].values[0, 0, 0] == pytest.approx(2 * 0.8**factor, rel=1e-4)
     assert cells["lift_upper"].values[0, 0, 0] == pytest.approx(2 * 1.25**factor, rel=1e-4)
-    assert cells["settled"].values.tolist() == [[[True, False]]]  # 1.01 alone would do, but not among two
+    assert cells["settled"].values.tolist() == [[[True, False]]]  # by the p-value, which is for all cells at once
 
 
 def test_a_domain_of_few_documents_makes_no_claim():
     result = preferences([[[9.0]], [[2.0]]], [[[8.0]], [[1.9]]], [[[9.5]], [[2.1]]], n_documents=[4, 100])
     cells = findings.specialized_cells(result)
-    assert cells["settled"].values.ravel().tolist() == [False, True]
+    assert cells["lift_lower"].notnull().values.ravel().tolist() == [False, True]
     found = findings.find(quiet_results(specialization=result))
     assert [finding.where.get("domain") for finding in found if finding.kind == "specialization"] == ["d1"]
+
+
+def test_a_preference_needs_its_interval_and_its_permutation_test():
+    """The widened interval of d0 is far above 1, but whole documents that swap domains differ as much."""
+    lift = np.full((2, 1, 1), 3.0)
+    result = preferences(lift, lift * 0.9, lift / 0.9, n_documents=[100, 100], p_value=[[[0.3]], [[0.01]]])
+    found = findings.find(quiet_results(specialization=result))
+    assert [finding.where.get("domain") for finding in found if finding.kind == "specialization"] == ["d1"]
+
+
+def informed(**changed):
+    """Mutual information of token and domain at two layers."""
+    parts = {
+        "normalized": [[0.3, 0.4], [0.05, 0.06]],
+        "null": [[0.1, 0.08], [0.01, 0.02]],
+        "null_upper": [[0.12, 0.1], [0.02, 0.03]],
+        "p_value": [[0.016, 0.016], [0.005, 0.005]],
+    } | changed
+    result = layered([1, 3])
+    for name, values in parts.items():
+        result[name] = (("label", "layer"), np.asarray(values, float))
+    result["excess"] = result["normalized"] - result["null"]
+    return result.assign_coords(label=["token_id", "domain"], n_permutations=("label", [60, 200]))
+
+
+def test_what_explains_the_choice_is_told_beside_its_null():
+    found = findings.find(quiet_results(mutual_information=informed()))[0]
+    assert found.text.replace("\u00a0", " ") == (
+        "In layer 3 token and expert share 40 % of their information, 8.0 % if tokens are shuffled within documents; "
+        "domain and expert share 6.0 %, 2.0 % if documents swap domains."
+    )
+    assert (found.kind, found.anchor, found.value, found.null) == ("information", "information", 0.4, 0.08)
+    assert found.strength == pytest.approx(np.log(4))
+    assert found.where == {"layer": 3}
+    chance = informed(p_value=[[0.016, 0.03], [0.5, 0.5]])  # two labels: below 0.025
+    text = findings.find(quiet_results(mutual_information=chance))[0].text
+    assert text.startswith("In layer 1 token") and "domain" not in text
+    nothing = informed(p_value=[[0.2, 0.9], [0.005, 0.005]])
+    assert findings.find(quiet_results(mutual_information=nothing))[0].kind == "nothing"
 
 
 def test_a_preference_is_told_with_both_numbers_and_their_intervals():
@@ -201,7 +242,13 @@ def test_a_planted_preference_is_found_with_its_number():
 def test_one_document_claims_nothing():
     tree = planted.from_experts(np.zeros((50, 1), int), n_experts=4, lengths=[50])
     found = findings.find(report.compute(tree))
-    assert "one document has no interval" in found[0].text
+    assert "1 document has no interval" in found[0].text
+
+
+def test_four_documents_claim_nothing():
+    tree = planted.from_experts(np.zeros((48, 1), int), n_experts=4, lengths=[12] * 4)
+    found = findings.find(report.compute(tree))
+    assert found[0].text.startswith("Nothing can be claimed: 4 documents have no interval")
 
 
 def test_rare_transitions_are_left_out():
@@ -238,6 +285,10 @@ def test_titles_say_what_one_sees():
     imbalance = layered([0, 1], max_violation_lower=[0.2, 0.01], max_violation_null_upper=[0.1, 0.1])
     assert titles.imbalance(imbalance) == "Layer 0 is less even than chance would make it"
     assert titles.imbalance(imbalance.isel(layer=[1])) == "No layer is surely less even than chance would make it"
+    withheld = loads(
+        [[0.9, 0.1], [0.4, 0.6]], [[np.nan, np.nan], [0.3, 0.55]], [[np.nan] * 2, [0.5, 0.7]], layers=(1, 3)
+    )
+    assert titles.load(withheld).startswith("The busiest expert whose load is certain is number 1 of layer 3")
     repetition = layered([0, 1], lower=[0.3, 0.1], null=[0.2, 0.2])
     assert titles.repetition(repetition) == "Neighbouring tokens share an expert more often than chance in layer 0"
 
@@ -248,4 +299,43 @@ def test_title_of_transitions_names_the_strongest_that_is_not_rare():
     # 30 of expert 0's 40 tokens go to 0, whose share is 30 / 80
     assert titles.transition(result) == (
         "75\u00a0% of the tokens at layer 1's expert 0 go on to layer 3's expert 0, 2.0\u00a0× what independence gives"
+    )
+
+
+def test_titles_of_information_name_the_label_that_surely_tells():
+    assert titles.information(informed()) == (
+        "Token and expert tell about each other in every layer, most in layer 3: they share 40\u00a0% of their "
+        "information, 8.0\u00a0% by chance"
+    )
+    only_domain = informed(p_value=[[0.9, 0.9], [0.005, 0.6]])
+    assert titles.information(only_domain).startswith("Domain and expert tell about each other in layer 1: they")
+    assert titles.information(informed(p_value=np.ones((2, 2)))).startswith("Nothing that was asked tells")
+
+
+def test_titles_of_paths_say_when_every_token_goes_its_own_way():
+    experts = np.array([[0, 0]] * 30 + [[0, 1]] * 10 + [[1, 1]] * 40)
+    result = routing_stats.paths(planted.from_experts(experts, n_experts=2, lengths=[10] * 8))
+    # 40 of 80 tokens; independent layers give 40 / 80 · 50 / 80
+    assert titles.paths(result) == (
+        "80 tokens take 3 paths; the most common carries 50\u00a0% of them, 1.6\u00a0× what independent layers give"
+    )
+    alone = routing_stats.paths(planted.from_experts(np.arange(16).reshape(16, 1), n_experts=16, lengths=[16]))
+    assert titles.paths(alone) == "Nearly every token takes a path of its own: 16 tokens, 16 paths"
+    same = routing_stats.paths(planted.from_experts(np.zeros((16, 2), int), n_experts=3, lengths=[16]))
+    assert titles.paths(same) == "All tokens take the same path through the layers"
+
+
+def test_title_of_batches_takes_a_size_at_which_half_is_open():
+    experts = np.tile(np.repeat([0, 1], 8), 5)[:, None]
+    result = routing_stats.distinct_experts(planted.from_experts(experts, n_experts=2, lengths=[16] * 5))
+    assert titles.typical_batch(result) == (1, 1.0, 1.0, 1.0)
+    result = routing_stats.distinct_experts(planted.from_experts(experts, n_experts=8, lengths=[16] * 5))
+    # uniform at 256 is 8; the first of at least 4 is at 8 tokens: 8 · (1 - (7/8)^8) = 5.25
+    size, unrelated, consecutive, uniform = titles.typical_batch(result)
+    assert (size, consecutive) == (8, 1.0)
+    assert uniform == pytest.approx(8 * (1 - (7 / 8) ** 8))
+    assert unrelated == pytest.approx(2 * (1 - 0.5**8))
+    assert titles.batches(result) == (
+        "A batch of 8 unrelated tokens touches 1.99 experts in the median layer, 8 consecutive ones 1; "
+        "a uniform router would touch 5.25"
     )

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -156,7 +157,9 @@ def test_files_that_the_page_links_to_are_there(folder, page):
 
 
 def test_sections_come_in_the_order_of_the_questions(page):
-    expected = "findings load imbalance domains tokens margins transitions repetition text".split()
+    expected = (
+        "findings load expert imbalance domains information margins transitions paths repetition batches text".split()
+    )
     assert page.identifiers == expected
 
 
@@ -172,7 +175,7 @@ def test_page_needs_no_network_and_carries_plotly_once(folder, page):
 
 def test_figures_travel_as_data(tree, page):
     drawn = [json.loads(text) for text in page.data if '"layout"' in text]
-    assert len(drawn) == 6
+    assert len(drawn) == 9
     assert all(figure["layout"]["height"] > 100 for figure in drawn)
 
 
@@ -183,11 +186,28 @@ def test_tables_on_the_page_repeat_the_statistics(tree, page):
             assert f"{value:.3g}" in page.text["repetition"]
 
 
+def test_new_sections_hold_the_numbers_of_the_statistics(tree, page):
+    results = report.compute(tree)
+    information = results["mutual_information"]
+    for column in ("normalized", "null", "null_upper", "mutual_information"):
+        for value in information[column].values.ravel():
+            assert f"{value:.3g}" in page.text["information"]
+    paths = results["paths"]
+    for at in range(paths.sizes["path"]):
+        path = paths.isel(path=at)
+        assert " → ".join(map(str, path["expert"].values)) in page.text["paths"]
+        assert f"{100 * float(path['share']):.3g}" in page.text["paths"]
+    batches = results["distinct_experts"]
+    for name in ("distinct", "consecutive"):
+        for value in np.median(batches[name].values, axis=0):
+            assert (f"{value:.3g}" if np.isfinite(value) else "–") in page.text["batches"]
+
+
 def test_top_tokens_are_shown_with_their_experts(tree, page):
     top = routing_stats.top_tokens(tree).to_dataframe()
     pieces = schema.pieces(tree["vocabulary"].to_dataset())
     for token_id in top["token_id"].unique():
-        assert text_view.piece_label(pieces[token_id]).strip() in page.text["tokens"]
+        assert text_view.piece_label(pieces[token_id]).strip() in page.text["expert"]
 
 
 def test_the_text_is_on_the_page(tree, page):
@@ -250,11 +270,42 @@ def test_tables_are_tidy_and_equal_the_statistics(tree, folder, kind):
 
     quantiles = routing_stats.margin(tree)["margin"]
     np.testing.assert_allclose(read("margin")["quantile_95"], quantiles.sel(quantile=0.95))
+    np.testing.assert_allclose(
+        read("margin")["quantile_50_upper"], routing_stats.margin(tree)["margin_upper"].sel(quantile=0.5)
+    )
     transition = routing_stats.transition(tree)
     assert read("transition")["count"].sum() == int(transition["count"].sum())
     tokens = read("top_tokens")
-    assert set(tokens.columns) >= {"layer", "expert", "rank", "token", "count", "share", "lift"}
+    assert set(tokens.columns) >= {"layer", "expert", "rank", "token", "count", "share", "lift", "lift_lower"}
     assert read("samples")["n_tokens"].sum() == 720
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_new_tables_equal_the_statistics(tree, folder, kind):
+    def read(name):
+        path = folder / "tables" / f"{name}.{kind}"
+        return pd.read_csv(path) if kind == "csv" else pd.read_parquet(path)
+
+    for name in ("balance_loss", "z_loss"):
+        result = getattr(routing_stats, name)(tree)
+        np.testing.assert_allclose(read(name)[name], result[name])
+        np.testing.assert_allclose(read(name)["lower"], result["lower"])
+    information = read("mutual_information").set_index(["label", "layer"]).sort_index()
+    for label, n in report.PERMUTATIONS.items():
+        own = routing_stats.mutual_information(tree, of=label, n_permutations=n)
+        for column in ("normalized", "null", "null_upper", "p_value", "p_adjusted"):
+            np.testing.assert_allclose(information.loc[label][column], own[column])
+        assert (information.loc[label]["n_permutations"] == n).all()
+    paths = routing_stats.paths(tree, n=15)
+    np.testing.assert_allclose(read("paths")["share"], paths["share"])
+    np.testing.assert_array_equal(read("paths")["expert_at_layer_2"], paths["expert"].sel(layer=2))
+    distinct = routing_stats.distinct_experts(tree)
+    table = read("distinct_experts").set_index(["layer", "batch_size"])
+    assert table.loc[(3, 8), "distinct"] == pytest.approx(float(distinct["distinct"].sel(layer=3, batch_size=8)))
+    gates = routing_stats.gate_histogram(tree)
+    assert read("gate_histogram")["count"].sum() == int(gates["count"].sum())
+    words = schema.labels(routing_stats.specialization(tree)["interval_status"])
+    assert sorted(read("specialization")["interval_status"]) == sorted(words.ravel())
 
 
 def test_every_table_is_explained(folder):
@@ -298,18 +349,18 @@ def test_nothing_in_a_recording_becomes_markup(tmp_path):
         ({"names": ("only",)}, {"domains"}),
         ({"n_documents": 1, "names": ("only",)}, {"domains"}),
         ({"n_documents": 3, "length": 2}, set()),
-        ({"layers": (5,)}, {"transitions"}),
+        ({"layers": (5,)}, {"transitions", "paths"}),
         ({"layers": (1, 3, 5, 7), "n_experts": 128}, set()),
         ({"top_k": 2}, set()),
-        ({"top_k": 4, "n_experts": 4}, {"margins"}),
+        ({"top_k": 4, "n_experts": 4}, {"margins", "information"}),
         ({"n_experts": 300, "layers": (0, 1)}, set()),
         ({"names": tuple(f"domain {index}" for index in range(15)), "n_documents": 15}, set()),
     ],
 )
 def test_odd_recordings_are_reported(tmp_path, options, absent):
     page = written(recorded(**options), tmp_path)
-    everything = {"findings", "load", "imbalance", "domains", "tokens", "margins", "transitions", "repetition", "text"}
-    assert set(page.identifiers) == everything - absent
+    everything = "findings load expert imbalance domains information margins transitions paths repetition batches text"
+    assert set(page.identifiers) == set(everything.split()) - absent
     assert {anchor[1:] for anchor in page.anchors if anchor.startswith("#")} <= set(page.identifiers)
     assert "nan" not in page.text["findings"].lower()
     json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"), parse_constant=refuse)
@@ -364,6 +415,14 @@ def test_a_report_can_be_made_from_its_own_store(folder, tmp_path):
     report.write_report(store.open(tmp_path / "routing.zarr"), tmp_path)
     assert (tmp_path / "summary.json").read_text(encoding="utf-8") == before
     store.open(tmp_path / "routing.zarr")
+
+
+def test_progress_has_as_many_steps_as_are_taken(tree, monkeypatch, tmp_path):
+    taken = []
+    monkeypatch.setattr(report, "_progress", lambda shown: nullcontext(taken.append))
+    report.write_report(tree, tmp_path)
+    assert len(taken) == len(report._STATISTICS) + len(report._OTHER_STEPS)
+    assert len(set(taken)) == len(taken)
 
 
 def test_progress_is_shown_on_request_only(tmp_path, capsys):

@@ -5,6 +5,12 @@
   const plots = [...document.querySelectorAll(".figure")];
   const root = document.querySelector(".probe-text");
   const text = root ? probeTextView(root) : null;
+  let drawn = false;
+  const card = probeExpertCard(document.querySelector(".card"), {
+    heading: document.querySelector(".card-title"),
+    view: text,
+    selected: (layer, expert) => { if (drawn) mark(layer, expert); },
+  });
 
   function theme(mode, layout) {
     const change = { "font.color": colours[mode].ink };
@@ -15,26 +21,42 @@
     return change;
   }
 
-
   function draw(place) {
     const { data, layout } = JSON.parse(place.querySelector("script").textContent);
     place.replaceChildren();
     layout.autosize = true;
     const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]], scrollZoom: false };
     Plotly.newPlot(place, data, layout, config).then(() => Plotly.relayout(place, theme(dark.matches ? "dark" : "light", layout)));
+    place.on("plotly_buttonclicked", () => setTimeout(() => mark(card.current().layer, card.current().expert)));
     place.on("plotly_click", (event) => {
       const point = event.points[0], cell = point.customdata;
       if (point.data.type === "heatmap" && cell && cell.length === 2) showExpert(point.y, Number(cell[1]), point.data.meta);
     });
   }
 
-  /* From a cell to its tokens: the text at that layer, with the expert marked. */
+  /* From a cell to the card of its expert, with text of the cell's domain first. */
   function showExpert(layer, expert, domain) {
-    const at = text.layers.indexOf(Number(layer)), document_ = text.documents.findIndex((shown) => shown.domain === domain);
+    const at = card.layers.indexOf(Number(layer));
     if (at < 0) return;
-    text.show(document_ < 0 ? { layer: at, focus: expert } : { layer: at, focus: expert, document: document_ });
-    location.hash = "text";
-    document.getElementById("text").scrollIntoView();
+    card.show(at, expert, domain);
+    document.getElementById("expert").scrollIntoView({ block: "nearest" });
+  }
+
+  /* Heatmaps of layers and experts: their cells hold a hover and an expert. */
+  const isCard = (trace) => trace.type === "heatmap" && Array.isArray(trace.customdata) && Array.isArray(trace.customdata[0]) && trace.customdata[0][0].length === 2;
+
+  /* A frame around the cell of the expert on the card, in every heatmap of layers and experts that is drawn. */
+  function mark(layer, expert) {
+    plots.forEach((place) => {
+      const cells = (place.data || []).find((trace) => trace.visible !== false && isCard(trace) && trace.y.includes(layer));
+      if (!cells) return;
+      const row = cells.customdata[cells.y.indexOf(layer)];
+      const column = row.findIndex((cell) => Number(cell[1]) === expert && cell[0] !== "");
+      const x = cells.x[column], line = { color: dark.matches ? "#ffffff" : "#000000", width: 2 };
+      const frame = { type: "rect", x0: x - 0.5, x1: x + 0.5, y0: layer - 0.5, y1: layer + 0.5, line };
+      const axes = place.data.filter((trace) => trace.visible !== false && isCard(trace)).map((trace) => ({ xref: trace.xaxis || "x", yref: trace.yaxis || "y" }));
+      Plotly.relayout(place, { shapes: column < 0 ? [] : axes.map((axis) => ({ ...frame, ...axis })) });
+    });
   }
 
   function paint(mode) {
@@ -42,6 +64,8 @@
   }
 
   plots.forEach(draw);
+  drawn = true;
+  mark(card.current().layer, card.current().expert);
   document.querySelectorAll("button[data-expert]").forEach((button) => {
     button.addEventListener("click", () => showExpert(button.dataset.layer, Number(button.dataset.expert)));
   });

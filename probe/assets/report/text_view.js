@@ -6,7 +6,7 @@ function probeTextView(root) {
   const [slider, select, label, legend, tip] = ["input.layer", "select.document", "output", ".probe-legend", ".probe-tip"].map(find);
   const bodies = [...root.querySelectorAll(".probe-document")];
   const decoded = new Map();
-  const state = { document: 0, layer: Number(slider.value), focus: null };
+  const state = { document: 0, layer: Number(slider.value), focus: null, found: null };
 
   const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0)).buffer;
   const ids = (text) => (text === null ? null : data.nExperts > 256 ? new Uint16Array(bytes(text)) : new Uint8Array(bytes(text)));
@@ -16,21 +16,22 @@ function probeTextView(root) {
     return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -24 * fraction);
   };
 
-  function current() {
-    if (!decoded.has(state.document)) {
-      const packed = data.documents[state.document];
-      decoded.set(state.document, {
+  function decode(index) {
+    if (!decoded.has(index)) {
+      const packed = data.documents[index];
+      decoded.set(index, {
         n: packed.n,
-        tokens: [...bodies[state.document].querySelectorAll(".probe-tokens > i")],
+        tokens: [...bodies[index].querySelectorAll(".probe-tokens > i")],
         expert: ids(packed.expert),
         runnerUp: ids(packed.runnerUp),
         logit: new Uint16Array(bytes(packed.logit)),
         margin: new Uint16Array(bytes(packed.margin)),
       });
     }
-    return decoded.get(state.document);
+    return decoded.get(index);
   }
 
+  const current = () => decode(state.document);
   const row = (shown, index) => state.layer * shown.n + index;
 
   function counts(shown) {
@@ -54,7 +55,7 @@ function probeTextView(root) {
     shown.tokens.forEach((token, index) => {
       const at = row(shown, index) * data.slots, expert = shown.expert[at];
       const chosen = state.focus !== null && shown.expert.subarray(at, at + data.slots).includes(state.focus);
-      token.className = colourClass(slots[expert]) + (chosen ? " on" : "");
+      token.className = colourClass(slots[expert]) + (chosen ? " on" : "") + (index === state.found ? " found" : "");
       token.dataset.e = expert;
     });
     root.classList.toggle("focused", state.focus !== null);
@@ -128,13 +129,49 @@ function probeTextView(root) {
 
   /* Change what is shown; layer is a position among the recorded layers, focus an expert or null. */
   function show(change) {
-    Object.assign(state, change);
+    Object.assign(state, { found: null }, change);
     state.layer = Math.max(0, Math.min(data.layers.length - 1, state.layer));
     bodies.forEach((body, index) => { body.hidden = index !== state.document; });
     select.value = state.document;
     paint();
   }
 
+  /* Places where an expert took one of these texts: first one of each document, those of ``domain`` before others. */
+  function occurrences({ layer, expert, texts, limit, domain }) {
+    const ranks = new Map(texts.map((text, rank) => [text, rank]));
+    const found = [];
+    data.documents.forEach((packed, index) => {
+      const shown = decode(index), seen = new Set();
+      let nth = 0;
+      for (let token = 0; token < shown.n && seen.size < texts.length && nth < limit; token++) {
+        const at = (layer * shown.n + token) * data.slots;
+        if (!shown.expert.subarray(at, at + data.slots).includes(expert)) continue;
+        const text = shown.tokens[token].textContent;
+        if (!ranks.has(text) || seen.has(text)) continue;
+        seen.add(text);
+        found.push({ document: index, index: token, token: text, rank: ranks.get(text), nth: nth++, other: domain !== null && packed.domain !== domain });
+      }
+    });
+    found.sort((a, b) => a.other - b.other || a.nth - b.nth || a.rank - b.rank);
+    return found.slice(0, limit).map((place) => ({ ...place, ...around(place), name: select.querySelector('option[value="' + place.document + '"]').textContent }));
+  }
+
+  /* What stands on both sides of a token, on one line. */
+  function around({ document: index, index: token }) {
+    const tokens = decode(index).tokens;
+    const plain = (first, last) => tokens.slice(Math.max(first, 0), last).map((part) => part.textContent).join("").replace(/\s+/g, " ");
+    return { before: plain(token - 10, token).slice(-36), after: plain(token + 1, token + 11).slice(0, 36) };
+  }
+
+  /* Go to the text: at a layer with an expert marked, and to one token if ``token`` is given. */
+  function reveal({ layer, focus, document: index, token }) {
+    show({ layer, focus, document: index === undefined ? state.document : index, found: token === undefined ? null : token });
+    root.scrollIntoView({ block: "start" });
+    const box = find(".probe-box"), marked = token === undefined ? null : current().tokens[token];
+    if (marked) box.scrollTop += marked.getBoundingClientRect().top - box.getBoundingClientRect().top - box.clientHeight / 2;
+    box.focus({ preventScroll: true });
+  }
+
   show({});
-  return { show, layers: data.layers, documents: data.documents };
+  return { show, occurrences, reveal, layers: data.layers, documents: data.documents };
 }

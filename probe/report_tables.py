@@ -1,0 +1,109 @@
+"""The report's tables: every statistic as CSV and Parquet, one row for each cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+import xarray as xr
+
+from probe import schema, text_view
+from probe.routing.margins import MARGIN_QUANTILES
+
+Results = Mapping[str, xr.Dataset]
+
+
+def tidy(result: xr.Dataset) -> pd.DataFrame:
+    """One row for each cell, coords as columns, category codes by their names."""
+    coded = {name: variable for name, variable in result.variables.items() if "categories" in variable.attrs}
+    words = {name: (result[name].dims, schema.labels(result[name])) for name in coded}
+    labelled = result.assign_coords({name: value for name, value in words.items() if name in result.coords})
+    labelled = labelled.assign({name: value for name, value in words.items() if name in result.data_vars})
+    return labelled.to_dataframe().reset_index()
+
+
+def write_tables(results: Results, recording: xr.DataTree, folder: Path, *, names: Iterable[str]) -> None:
+    """Write each statistic as ``NAME.csv`` and ``NAME.parquet``, and ``README.md`` with the meaning of the columns.
+
+    ``names`` are those of all statistics that a report may hold: files of an earlier report under these names go.
+    """
+    vocabulary = schema.group(recording, "vocabulary")
+    frames = {name: _frame(name, result, vocabulary) for name, result in results.items()}
+    samples = schema.group(recording, "samples")
+    frames["samples"] = pd.DataFrame(
+        {
+            name: samples[name].values.astype(object) if name in ("name", "domain") else samples[name].values
+            for name in ("name", "domain", "n_tokens", "n_cut")
+        }
+    )
+    for stale in set(names) - frames.keys():  # of an earlier report, with other domains
+        for suffix in ("csv", "parquet"):
+            (folder / f"{stale}.{suffix}").unlink(missing_ok=True)
+    for name, frame in frames.items():
+        frame.to_csv(folder / f"{name}.csv", index=False)
+        frame.to_parquet(folder / f"{name}.parquet", index=False)
+    (folder / "README.md").write_text(_guide(results), encoding="utf-8")
+
+
+def _frame(name: str, result: xr.Dataset, vocabulary: xr.Dataset) -> pd.DataFrame:
+    if name == "margin":
+        return _margin_frame(result)
+    if name == "paths":
+        return _path_frame(result)
+    if name == "top_tokens":
+        return _token_frame(result, vocabulary)
+    frame = tidy(result)
+    return frame[frame["count"] > 0] if name in ("transition", "gate_histogram") else frame
+
+
+def _margin_frame(result: xr.Dataset) -> pd.DataFrame:
+    """Margins with columns for each quantile and its bounds."""
+    columns = {}
+    for at, quantile in enumerate(MARGIN_QUANTILES):
+        for suffix in ("", "_lower", "_upper"):
+            values = result[f"margin{suffix}"].transpose("layer", "quantile").values
+            columns[f"quantile_{round(100 * quantile):02d}{suffix}"] = values[:, at]
+    return tidy(result[["mean", "tie_share"]].drop_vars("quantile", errors="ignore")).assign(**columns)
+
+
+def _path_frame(result: xr.Dataset) -> pd.DataFrame:
+    """Paths with a column for the expert at each layer."""
+    experts = result["expert"].transpose("path", "layer")
+    columns = {f"expert_at_layer_{layer}": experts.sel(layer=layer).values for layer in experts["layer"].values}
+    return tidy(result.drop_dims("layer")).assign(**columns)
+
+
+def _token_frame(result: xr.Dataset, vocabulary: xr.Dataset) -> pd.DataFrame:
+    """Top tokens with what they look like."""
+    pieces = schema.pieces(vocabulary)
+    frame = tidy(result).drop(columns="row", errors="ignore")
+    frame["token"] = [text_view.piece_label(pieces[token_id]) for token_id in frame["token_id"]]
+    return frame
+
+
+def _guide(results: Results) -> str:
+    lines = [
+        "# Tables",
+        "",
+        "One row for each cell. `transition` and `gate_histogram` leave out cells without a token. Bounds are empty "
+        "where they are withheld; `interval_status` says why. `margin` has three columns for each quantile, "
+        "`paths` one for the expert at each layer.",
+        "",
+    ]
+    for name, result in results.items():
+        level = result.attrs.get("level")
+        note = f" Bounds: {level:.0%}, over documents." if level else ""
+        lines += [
+            f"## {name}",
+            "",
+            f"Made by `probe.routing_stats.{name}`.{note}",
+            "",
+            "| column | unit | meaning |",
+            "|---|---|---|",
+        ]
+        for key, variable in result.variables.items():
+            unit = variable.attrs.get("units", "1")
+            lines.append(f"| {key} | {unit} | {variable.attrs.get('long_name', key)} |")
+        lines.append("")
+    return "\n".join(lines)
