@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.statistics``. The baseline is one pass of ``numpy.bincount`` over the same ids, uint8 and in
 memory: the least that any count of them can cost. The statistics read the store, which lies on disk. "what the report
-shows" is every statistic of the report one after the other, without the permutations behind its p-values and nulls:
-those of ``REPORT``. Peak memory is that of a fresh process that opens the store and computes them.
+shows" is every statistic of the report one after the other, without the permutations behind its p-values and nulls; they
+are listed with their times. Peak memory is that of a fresh process that opens the store and computes them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,34 +24,21 @@ import probe
 from benchmarks.interleaved import print_ratios, seconds
 from benchmarks.planted import planted_recording
 from probe import routing_stats as stats
-
-REPORT: dict[str, Callable[[xr.DataTree], object]] = {
-    "load_interval": stats.load_interval,
-    "imbalance": stats.imbalance,
-    "balance_loss": stats.balance_loss,
-    "z_loss": stats.z_loss,
-    "specialization": partial(stats.specialization, n_permutations=0),
-    "mutual_information of token_id": partial(stats.mutual_information, of="token_id", n_permutations=0),
-    "mutual_information of domain": partial(stats.mutual_information, of="domain", n_permutations=0),
-    "mutual_information of position": partial(stats.mutual_information, of="position", n_permutations=0),
-    "top_tokens": stats.top_tokens,
-    "gate_histogram": stats.gate_histogram,
-    "margin": stats.margin,
-    "transition": stats.transition,
-    "paths": partial(stats.paths, n=15),
-    "repetition": stats.repetition,
-    "distinct_experts": stats.distinct_experts,
-}
+from probe.report import compute
 
 
 def report(recording: xr.DataTree) -> dict[str, float]:
     """Seconds of each statistic of the report."""
-    taken = {}
-    for name, statistic in REPORT.items():
-        start = time.perf_counter()
-        statistic(recording)
-        taken[name] = time.perf_counter() - start
-    return taken
+    names: list[str] = []
+    times: list[float] = []
+
+    def step(name: str) -> None:
+        names.append(name)
+        times.append(time.perf_counter())
+
+    compute(recording, permutations=False, step=step)
+    times.append(time.perf_counter())
+    return dict(zip(names, np.diff(times).tolist(), strict=True))
 
 
 def peak_of_report(path: str) -> None:

@@ -26,7 +26,7 @@ MIN_DOCUMENTS = 5
 
 MIN_CARRYING, MIN_CARRYING_SHARE = 4.0, 0.4
 """A share whose tokens come from fewer documents, in effect, gets no interval: it would cover less than 90 %. Where
-there are fewer than ten documents, Student's t makes up for more: it is enough that the tokens come from four in ten."""
+there are fewer than ten documents, Student's t makes up for more: tokens of four in ten are enough."""
 
 INTERVAL_STATUS = (
     "given",

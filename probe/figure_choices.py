@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from probe import figure_parts as parts
 from probe.text_view import layer_label
 
-LABEL_NAMES = {"token_id": "the token", "domain": "the document's domain", "position": "the position"}
+LABEL_NAMES = {"token_id": "the token", "domain": "the document's domain"}
 
 WRITTEN_LAYERS = 16
 """With more layers the experts of a path have no room beside its share: they are in the hover and in the table."""

@@ -29,6 +29,7 @@ from probe.findings import counted
 from probe.report_parts import layer_name
 from probe.report_sections import Results
 from probe.report_tables import write_tables
+from probe.routing.rows import Routing, grouped
 from probe.schema import ProbeError
 
 if TYPE_CHECKING:
@@ -137,49 +138,68 @@ def _progress(shown: bool) -> AbstractContextManager[Callable[[str], None]]:
 
 PATHS_SHOWN = 15
 
-_STATISTICS: dict[str, Callable[[xr.DataTree], xr.Dataset]] = {
+BATCH_SIZES = (1, 4, 16, 64, 256)
+PERMUTATIONS = {"token_id": 60, "domain": 200}
+"""How often each label of the mutual information is permuted: tokens, which take longer, just often enough."""
+
+CELL_PERMUTATIONS = 1000
+"""How often domains are permuted for the p-values of single cells."""
+
+_STATISTICS: dict[str, Callable[..., xr.Dataset]] = {
     "load_interval": routing_stats.load_interval,
     "imbalance": routing_stats.imbalance,
-    "balance_loss": routing_stats.balance_loss,
-    "z_loss": routing_stats.z_loss,
     "specialization": routing_stats.specialization,
-    "mutual_information": lambda recording: _information(recording),
+    "mutual_information": lambda routing, **options: _information(routing, **options),
     "margin": routing_stats.margin,
     "gate_histogram": routing_stats.gate_histogram,
     "transition": routing_stats.transition,
     "paths": partial(routing_stats.paths, n=PATHS_SHOWN),
     "repetition": routing_stats.repetition,
-    "distinct_experts": routing_stats.distinct_experts,
-    "top_tokens": lambda recording: _top_tokens(recording),
+    "distinct_experts": partial(routing_stats.distinct_experts, batch_sizes=BATCH_SIZES),
+    "top_tokens": lambda routing: _top_tokens(routing),
 }
 
 _OTHER_STEPS = ("tables", "page", "store")
 
-PERMUTATIONS = {"token_id": 60, "domain": 200, "position": 60}
-"""How often each label is permuted: token and position just often enough for a p-value below 0.05 / 3."""
 
-
-def compute(recording: xr.DataTree, *, step: Callable[[str], None] = lambda name: None) -> Results:
+def compute(
+    recording: xr.DataTree, *, permutations: bool = True, step: Callable[[str], None] = lambda name: None
+) -> Results:
     """Every statistic of the report under the name of its function.
 
     ``specialization`` only for two domains or more; ``mutual_information`` has a dim ``label``, the domain among them
     only then.
+
+    Parameters
+    ----------
+    recording : a whole recording.
+    permutations : False leaves out what needs permutations, the p-values and nulls of domains and tokens: they are NaN.
+    step : called with the name of each statistic before it is computed.
     """
+    several_domains = len(_domains(recording)) > 1
+    rows = grouped(recording).kept("expert_index")  # so that they are read, and documents counted, only once
+    options: dict[str, dict[str, Any]] = {
+        "specialization": {"n_permutations": CELL_PERMUTATIONS if permutations else 0},
+        "mutual_information": {
+            "permutations": {
+                label: n if permutations else 0
+                for label, n in PERMUTATIONS.items()
+                if label != "domain" or several_domains
+            }
+        },
+    }
     results: Results = {}
     for name, statistic in _STATISTICS.items():
         step(name.replace("_", " "))
-        if name == "specialization" and len(_domains(recording)) < 2:
-            continue
-        results[name] = statistic(recording)
+        if name != "specialization" or several_domains:
+            results[name] = statistic(rows, **options.get(name, {}))
     return results
 
 
-def _information(recording: xr.DataTree) -> xr.Dataset:
-    """What token, domain and position say about the expert, along ``label``."""
-    labels = [label for label in PERMUTATIONS if label != "domain" or len(_domains(recording)) > 1]
-    parts = [
-        routing_stats.mutual_information(recording, of=label, n_permutations=PERMUTATIONS[label]) for label in labels
-    ]
+def _information(routing: Routing, *, permutations: Mapping[str, int]) -> xr.Dataset:
+    """What token and domain say about the expert, along ``label``."""
+    labels = list(permutations)
+    parts = [routing_stats.mutual_information(routing, of=label, n_permutations=n) for label, n in permutations.items()]
     result = xr.concat(parts, dim="label", coords="minimal", compat="override", combine_attrs="drop_conflicts")
     del result.attrs["seed"]
     for name, variable in result.data_vars.items():
@@ -190,16 +210,15 @@ def _information(recording: xr.DataTree) -> xr.Dataset:
         label=("label", labels, {"long_name": "label of tokens", "units": "1"}),
         n_permutations=(
             "label",
-            [PERMUTATIONS[label] for label in labels],
+            list(permutations.values()),
             {"long_name": "permutations of the label", "units": "1"},
         ),
     )
 
 
-def _top_tokens(recording: xr.DataTree) -> xr.Dataset:
-    routing = schema.group(recording, "routing")
-    n_cells = routing.sizes["layer"] * routing.sizes["expert"]
-    return routing_stats.top_tokens(recording, n=report_card.tokens_per_expert(n_cells))
+def _top_tokens(routing: Routing) -> xr.Dataset:
+    rows = grouped(routing)
+    return routing_stats.top_tokens(rows, n=report_card.tokens_per_expert(rows.n_layers * rows.n_experts))
 
 
 def _domains(recording: xr.DataTree) -> list[str]:

@@ -198,7 +198,7 @@ def _information(result: xr.Dataset) -> Section:
         "point may be chance. Each panel has an axis of its own, for labels of many values share more by chance alone: "
         "compare layers, not panels.",
         definition="Normalized mutual information, 2 I(label; expert) / (H(label) + H(expert)): 0 % if neither says "
-        f"anything about the other, 100 % if each fixes the other. Permuted are {swapped}tokens and positions within "
+        f"anything about the other, 100 % if each fixes the other. Permuted are {swapped}tokens within "
         f"their document ({shuffles['token_id']} times), so that what a document as a whole prefers is no evidence. "
         "p-values hold for all layers at once (max-T); a point is filled if its p-value also holds for all panels "
         "(below 0.05 over their number).",

@@ -134,7 +134,7 @@ def repetition(result: xr.Dataset) -> str:
     return f"Neighbouring tokens share an expert more often than chance in {where}"
 
 
-LABELS = {"token_id": "token", "domain": "domain", "position": "position"}
+LABELS = {"token_id": "token", "domain": "domain"}
 """What may explain the choice, in words."""
 
 

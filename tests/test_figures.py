@@ -164,12 +164,8 @@ def test_information_stands_beside_its_null_and_what_may_be_chance_is_hollow():
     told = findings.tells(result)
     told[0, 0], told[0, 1] = True, False
     figure = figures.information(result, told=told)
-    assert [head.text for head in figure.layout.annotations] == [
-        "<b>the token</b>",
-        "<b>the document's domain</b>",
-        "<b>the position</b>",
-    ]
-    for column, label in enumerate(("token_id", "domain", "position")):
+    assert [head.text for head in figure.layout.annotations] == ["<b>the token</b>", "<b>the document's domain</b>"]
+    for column, label in enumerate(("token_id", "domain")):
         null, mean, rope, nope = figure.data[4 * column : 4 * column + 4]
         own = result.sel(label=label)
         np.testing.assert_allclose(null.x, 100 * own["null_upper"])

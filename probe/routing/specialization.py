@@ -25,6 +25,9 @@ from probe.routing.rows import By, GroupDocuments, Routing, Rows, grouped, membe
 
 DOCUMENTS_AT_ONCE = 1024
 
+SMALLEST_RESIDUAL = 1e-6
+"""Of what documents differ, the least that is taken to be left within groups."""
+
 
 def specialization(
     routing: Routing,
@@ -72,8 +75,9 @@ def specialization(
     ``p_value`` asks whether the group takes the expert as often as any tokens would, and is adjusted for all cells
     (by × layer × expert) at once by max-T (Westfall & Young 1993): among experiments without any preference, at most
     a share p has a cell with a p-value as small. The statistic is the number of assignments, minus those expected of
-    as many, over its standard deviation under permutation, which is known in closed form; so every permutation is
-    needed once, for its largest absolute value, and no table of permutations × cells is ever in memory.
+    as many, over what documents of one group (or, where labels vary within documents, shuffled labels) make it vary;
+    every permutation is needed once, for its largest absolute value, and no table of permutations × cells is ever in
+    memory.
 
     Where ``by`` is the same throughout every sample, whole documents swap groups. Where it varies within samples
     (phase, token id, or domain and phase together), labels are shuffled among the tokens of each document, and
@@ -190,10 +194,12 @@ def _permuted_counts(
 
 
 def _between_documents(whole: GroupDocuments, label: np.ndarray, n_groups: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Standardise counts of groups (group, layer, expert) as sums over documents drawn without replacement.
+    """Standardise counts of groups (group, layer, expert) by how much documents of one group differ.
 
-    A document adds to its group what it took of an expert beyond the overall load, r = N_de - f_e·N_d. These sum to 0,
-    and D_g documents drawn from all D have the variance D_g (D - D_g) / (D (D - 1)) · Σ r².
+    A document adds to its group what it took of an expert beyond the overall load, r = N_de - f_e·N_d. Σ r² over all
+    documents is the same however they are labelled; what is left of it within groups, Σ r² - Σ_g (Σ r)² / D_g, is the
+    residual of an analysis of variance. It does not count the differences between groups as noise, so that a group with
+    a strong taste does not hide the smaller ones of others.
     """
     total = whole.counts.sum(axis=0)
     n_assignments = total.sum(axis=-1, keepdims=True)
@@ -204,10 +210,17 @@ def _between_documents(whole: GroupDocuments, label: np.ndarray, n_groups: int) 
         # in whole numbers, so that documents that all agree have no variance at all
         beyond = some * n_assignments - total * some.sum(axis=-1, keepdims=True)
         squares += np.square(divide(beyond, n_assignments)).sum(axis=0)
-    size, n_documents = np.bincount(label, minlength=n_groups), len(label)
+    size, n_documents = np.bincount(label, minlength=n_groups)[:, None, None], len(label)
     spread = divide(size * (n_documents - size), np.asarray(n_documents * (n_documents - 1)))
-    deviation = np.sqrt(spread[:, None, None] * squares)
-    return lambda counts: divide(counts - load * counts.sum(axis=-1, keepdims=True), deviation)
+
+    def deviation_of(counts: np.ndarray) -> np.ndarray:
+        beyond = counts - load * counts.sum(axis=-1, keepdims=True)
+        between = np.nansum(divide(np.square(beyond), size), axis=0)
+        # Groups that differ in everything leave nothing within, but for rounding.
+        within = np.maximum(squares - between, SMALLEST_RESIDUAL * squares)
+        return divide(beyond, np.sqrt(spread * within))
+
+    return deviation_of
 
 
 def _within_documents(rows: Rows, whole: GroupDocuments, documents: Documents) -> Callable[[np.ndarray], np.ndarray]:
