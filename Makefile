@@ -41,6 +41,7 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.record
 	$(VENV)/bin/python -m benchmarks.batching
+	$(VENV)/bin/python -m benchmarks.statistics
 
 clean:
 	rm -rf $(VENV) report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

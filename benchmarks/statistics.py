@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.statistics``. The baseline is one pass of ``numpy.bincount`` over the same ids, uint8 and in
 memory: the least that any count of them can cost. The statistics read the store, which lies on disk. "what the report
-shows" is every statistic of the report one after the other, without the permutations behind its p-values and nulls; they
-are listed with their times. Peak memory is that of a fresh process that opens the store and computes them.
+shows" is every statistic of the report one after the other, without the permutations behind its p-values and nulls;
+they are listed with their times. Peak memory is that of a fresh process that opens the store and computes them.
 """
 
 from __future__ import annotations

@@ -37,9 +37,7 @@ def save(recording: xr.DataTree, path: str | Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=f"{place.name}.", suffix=".unfinished", dir=place.parent) as unfinished:
         new, old = Path(unfinished, "new"), Path(unfinished, "old")
         # Empty chunks are written too: one that is missing then means that the store is damaged.
-        recording.to_zarr(
-            new, mode="w", zarr_format=3, consolidated=False, write_empty_chunks=True, encoding=encoding
-        )
+        recording.to_zarr(new, mode="w", zarr_format=3, consolidated=False, write_empty_chunks=True, encoding=encoding)
         if place.exists():
             place.rename(old)
         new.rename(place)
