@@ -16,6 +16,7 @@ import xarray as xr
 
 from probe import figure_parts as parts
 from probe import schema
+from probe.bootstrap import MIN_DOCUMENTS
 from probe.figure_choices import batches, information, paths
 from probe.figure_parts import DOTTED_EXPERTS, GRID_COLOUR, TEMPLATE
 from probe.text_view import layer_label
@@ -141,6 +142,9 @@ def _document_bars(result: xr.Dataset, colours: Sequence[str]) -> go.Bar:
 
 def _recording_marks(result: xr.Dataset) -> go.Scatter:
     """A short line for the whole recording's load, with its interval."""
+    bars = f"{result.attrs['level']:.0%} interval over documents"
+    if result.attrs["n_documents"] < MIN_DOCUMENTS:
+        bars = f"too few documents for intervals ({result.attrs['n_documents']} of {MIN_DOCUMENTS})"
     overall, lower, upper = (100 * result[name].values for name in ("overall", "lower", "upper"))
     hover = [
         f"{value:.1f} %{parts.bounds(low, high, '.1f')}" for value, low, high in zip(overall, lower, upper, strict=True)
@@ -149,7 +153,7 @@ def _recording_marks(result: xr.Dataset) -> go.Scatter:
         x=result["expert"].values,
         y=overall,
         mode="markers",
-        name=f"whole recording, {result.attrs['level']:.0%} interval over documents",
+        name=f"whole recording, {bars}",
         showlegend=True,
         marker={
             "symbol": "line-ew",

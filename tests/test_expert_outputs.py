@@ -15,7 +15,7 @@ from probe.dispatch import SparseLlama4TextMoe, set_expert_dispatch
 from probe.hooks import RoutingSpec
 from probe.recording import RecordingError
 from probe.reduction import expert_totals, reduce_experts
-from probe.routing_outputs import saliency, super_experts
+from probe.routing_stats import saliency, super_experts
 from probe.schema import ProbeError, SchemaError
 from tests.plain_llama4 import gated_mlp
 from tests.planted import from_experts

@@ -108,9 +108,17 @@ def test_bars_are_the_documents_load_and_marks_that_of_all(maverick):
     result = routing_stats.document_load(maverick, sample=0, layer=1)
     np.testing.assert_allclose(result["here"], [0.75, 0.25, 0, 0])
     np.testing.assert_allclose(result["overall"], [3 / 6, 1 / 6, 2 / 6, 0])
-    assert (result["lower"] <= result["overall"]).all() and (result["overall"] <= result["upper"]).all()
     assert bars["marker"]["color"] == list(PALETTE[:4])
-    assert marks["name"].startswith("whole recording, 95% interval")
+    assert marks["name"] == "whole recording, too few documents for intervals (2 of 5)"
+
+
+def test_five_documents_give_the_marks_an_interval():
+    recording = planted.from_experts(chosen([0, 1, 0, 1, 1, 0, 0, 1, 0, 1]), n_experts=2, lengths=[2] * 5)
+    _, marks = figure_of(probe.explore(recording))["data"]
+    result = routing_stats.document_load(recording, sample=0, layer=0)
+    assert (result["lower"] < result["overall"]).all() and (result["overall"] < result["upper"]).all()
+    np.testing.assert_allclose(marks["error_y"]["array"], 100 * (result["upper"] - result["overall"]))
+    assert marks["name"] == "whole recording, 95% interval over documents"
 
 
 def test_the_title_says_what_one_sees(maverick):
