@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,9 @@ from probe.schema import ProbeError
 MIN_DOCUMENTS = 5
 """Fewer documents give no interval."""
 
+MIN_EFFECTIVE = 3.0
+"""Fewer documents in effect give no interval either: where one is as long as all others, nothing is known of chance."""
+
 MIN_CARRYING, MIN_CARRYING_SHARE = 4.0, 0.4
 """A share whose tokens come from fewer documents, in effect, gets no interval: it would cover less than 90 %. Where
 there are fewer than ten documents, Student's t makes up for more: tokens of four in ten are enough."""
@@ -31,7 +35,7 @@ there are fewer than ten documents, Student's t makes up for more: tokens of fou
 INTERVAL_STATUS = (
     "given",
     "unused: rule of three",
-    "withheld: fewer than 5 documents",
+    "withheld: fewer than 5 documents, or 3 in effect",
     "withheld: rests on too few documents",
     "no token",
 )
@@ -69,6 +73,11 @@ class Bootstrap:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind in {"level": Real, "n_resamples": Integral, "seed": Integral}.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ProbeError(f"{name} is {getattr(self, name)!r}, it must be a {kind.__name__.lower()} number")
+        if self.seed < 0:
+            raise ProbeError(f"seed is {self.seed}, it must be at least 0")
         if not 0 < self.level < 1:
             raise ProbeError(f"level is {self.level}, it must lie between 0 and 1, such as 0.95")
         if self.n_resamples < 2:
@@ -92,22 +101,24 @@ class Bootstrap:
         return resampled_sums(self.weights(len(per_document)), per_document)
 
     def t(self, n_effective: np.ndarray | float) -> np.ndarray:
-        """How many standard errors the interval reaches to both sides, for that many effective documents."""
-        freedom = np.maximum(np.asarray(n_effective, float) - 1, 1)
-        return stdtrit(freedom, (1 + self.level) / 2)
+        """How many standard errors the interval reaches to both sides; NaN for fewer than 3 effective documents."""
+        n_effective = np.asarray(n_effective, float)
+        reach = stdtrit(np.maximum(n_effective - 1, 1), (1 + self.level) / 2)
+        return np.where(n_effective < MIN_EFFECTIVE, np.nan, reach)
 
-    def share_interval(self, per_document: np.ndarray) -> Interval:
+    def share_interval(self, per_document: np.ndarray, *, top_k: int = 1) -> Interval:
         """Interval of shares from counts (document, layer, category): see :meth:`share_bounds`."""
         resampled = self.resample(per_document) if len(per_document) >= MIN_DOCUMENTS else None
-        return self.share_bounds(per_document, resampled)
+        return self.share_bounds(per_document, resampled, top_k=top_k)
 
-    def share_bounds(self, per_document: np.ndarray, resampled: np.ndarray | None) -> Interval:
+    def share_bounds(self, per_document: np.ndarray, resampled: np.ndarray | None, *, top_k: int = 1) -> Interval:
         """Interval of shares of counts.
 
         Parameters
         ----------
         per_document : counts (document, layer, category) of the documents that count anything.
         resampled : sums of them (resample, layer, category); those that drew none of these documents are left out.
+        top_k : how many different categories a token counts in; none can have more than 1 / k of the counts.
 
         Returns
         -------
@@ -124,40 +135,38 @@ class Bootstrap:
         that took everything is 1 minus that.
         """
         counts = per_document.sum(axis=0)
-        total = counts.sum(axis=-1, keepdims=True)
-        status = np.full(counts.shape, GIVEN, np.uint8)
+        tokens = counts.sum(axis=-1, keepdims=True) // top_k
         n_documents = effective_number(per_document.sum(axis=-1))[:, None]
         enough = np.minimum(MIN_CARRYING, MIN_CARRYING_SHARE * n_documents)
-        status[carrying(per_document) < enough] = FEW_CARRYING
-        extreme = (counts == 0) | (counts == total)
-        status[extreme] = UNUSED
-        if len(per_document) < MIN_DOCUMENTS:
-            status[:] = FEW_DOCUMENTS
-        status[np.broadcast_to(total == 0, counts.shape)] = NO_TOKEN
+        status = np.full(counts.shape, GIVEN, np.uint8)
+        status[carrying(per_document, top_k) < enough] = FEW_CARRYING
+        status[(counts == 0) | (counts == tokens)] = UNUSED
+        too_few = (n_documents < MIN_EFFECTIVE) | (len(per_document) < MIN_DOCUMENTS)
+        status[np.broadcast_to(too_few, counts.shape)] = FEW_DOCUMENTS
+        status[np.broadcast_to(tokens == 0, counts.shape)] = NO_TOKEN
         lower, upper = np.full((2, *counts.shape), np.nan)
         if resampled is None or len(per_document) < MIN_DOCUMENTS:
             return Interval(lower, upper, status)
 
-        drawn = share(resampled[resampled.sum(axis=(1, 2)) > 0])
+        drawn = top_k * share(resampled[resampled.sum(axis=(1, 2)) > 0])  # of tokens
         variance = _unbiased(drawn.var(axis=0), len(per_document))
-        effect = design_effect(counts, variance, len(per_document))[:, None]
-        observed = share(counts)
-        own_effect = divide(variance, divide(observed * (1 - observed), total))
+        effect = design_effect(counts, tokens, variance, len(per_document))[:, None]
+        observed = divide(counts, tokens)
+        own_effect = divide(variance, divide(observed * (1 - observed), tokens))
         own_effect = np.where(np.isnan(own_effect) | (own_effect == 0), effect, own_effect)
-        normal, student = self.t(np.inf), self.t(n_documents)
-        worth = np.minimum(total / own_effect * (normal / student) ** 2, total)
+        worth = np.minimum(tokens / own_effect * (self.t(np.inf) / self.t(n_documents)) ** 2, tokens)
         tail = (1 - self.level) / 2
         taken, left = worth * observed, worth * (1 - observed)
         seen = status == GIVEN
         with np.errstate(invalid="ignore"):
             lower[seen] = betaincinv(taken, left + 1, tail)[seen]
             upper[seen] = betaincinv(taken + 1, left, 1 - tail)[seen]
-        unseen = np.minimum(-np.log(1 - self.level) * effect / np.maximum(total, 1), 1)
+        unseen = np.minimum(-np.log(1 - self.level) * effect / np.maximum(tokens, 1), 1)
         unseen = np.broadcast_to(unseen, counts.shape)
         none, all_ = (status == UNUSED) & (counts == 0), (status == UNUSED) & (counts > 0)
         lower[none], upper[none] = 0, unseen[none]
         lower[all_], upper[all_] = 1 - unseen[all_], 1
-        return Interval(lower, upper, status)
+        return Interval(lower / top_k, upper / top_k, status)
 
     def largest_deviation(self, per_document: np.ndarray) -> np.ndarray:
         """How far the share of no category is off, (layer,), from counts (document, layer, category).
@@ -233,24 +242,24 @@ def effective_number(sizes: np.ndarray) -> np.ndarray:
     return np.nan_to_num(divide(np.square(sizes.sum(axis=0)), np.square(sizes).sum(axis=0)))
 
 
-def carrying(per_document: np.ndarray) -> np.ndarray:
+def carrying(per_document: np.ndarray, top_k: int = 1) -> np.ndarray:
     """Over how many documents, in effect, the rarer side of a share is spread, (layer, category).
 
-    The rarer side is the category itself, or all others where it took more than half.
+    The rarer side is the category itself, or all tokens without it where more than half of them have it.
     """
-    total = per_document.sum(axis=-1, keepdims=True)
-    counts = per_document.sum(axis=0)
-    rarer = 2 * counts <= counts.sum(axis=-1, keepdims=True)
-    return np.where(rarer, effective_number(per_document), effective_number(total - per_document))
+    tokens = per_document.sum(axis=-1, keepdims=True) // top_k
+    rarer = 2 * per_document.sum(axis=0) <= tokens.sum(axis=0)
+    return np.where(rarer, effective_number(per_document), effective_number(tokens - per_document))
 
 
-def design_effect(counts: np.ndarray, variance: np.ndarray, n_documents: int) -> np.ndarray:
+def design_effect(counts: np.ndarray, tokens: np.ndarray, variance: np.ndarray, n_documents: int) -> np.ndarray:
     """How many times the variance of shares exceeds that of independent choices, (layer,), at least 1.
 
     Parameters
     ----------
-    counts : (layer, category).
-    variance : bootstrap variance of the shares, (layer, category).
+    counts : tokens with the category, (layer, category).
+    tokens : all tokens, (layer, 1).
+    variance : bootstrap variance of counts over tokens, (layer, category).
     n_documents : how many documents were resampled.
 
     Notes
@@ -258,14 +267,13 @@ def design_effect(counts: np.ndarray, variance: np.ndarray, n_documents: int) ->
     The median over the layer's categories of variance / (p (1 - p) / n). Where one category took everything there is
     no variance to compare with; then a whole document is taken to be worth one choice.
     """
-    total = counts.sum(axis=-1, keepdims=True)
-    observed = share(counts)
-    independent = divide(observed * (1 - observed), total)
+    observed = divide(counts, tokens)
+    independent = divide(observed * (1 - observed), tokens)
     effects = np.empty(len(counts))
     for layer in range(len(counts)):
         varies = independent[layer] > 0
         ratios = variance[layer, varies] / independent[layer, varies]
-        effects[layer] = np.median(ratios) if ratios.size else total[layer, 0] / n_documents
+        effects[layer] = np.median(ratios) if ratios.size else tokens[layer, 0] / n_documents
     return np.maximum(effects, 1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Decimal
 
 import numpy as np
 import xarray as xr
@@ -76,9 +77,12 @@ def digits(value: float) -> str:
     if value == 0:
         return "0"
     size = abs(value)
+    # Halves are rounded up, as the scripts of the report round them
     if size >= 9.95:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 0.995 else f"{value:.2f}" if size >= 0.0995 else f"{value:.2g}"
+        return f"{Decimal(value).quantize(Decimal(1), ROUND_HALF_UP):,}"
+    if size >= 0.0995:
+        return str(Decimal(value).quantize(Decimal("0.1") if size >= 0.995 else Decimal("0.01"), ROUND_HALF_UP))
+    return f"{value:.2g}"
 
 
 def widening(level: float, n_compared: int, n_documents: float | np.ndarray) -> np.ndarray:
@@ -110,9 +114,9 @@ def specialized_cells(result: xr.Dataset) -> xr.Dataset:
     Returns
     -------
     Dataset (domain, layer, expert): ``share``, ``lift``, their ``_lower`` and ``_upper``, and ``settled``, true where
-    the domains would not differ so by chance (the p-value of the permutation test, which holds for all cells at once);
-    attributes ``n_compared``, cells with an interval, and ``n_tested``, cells with a p-value. Intervals are widened on
-    a log scale; NaN where they are withheld.
+    the domains would not differ so by chance (the p-value of the permutation test, which holds for all cells at once)
+    and the cell's own interval excludes 1; attributes ``n_compared``, cells with an interval, and ``n_tested``, cells
+    with a p-value. Intervals are widened on a log scale; NaN where they are withheld.
     """
     enough = result["n_documents"] >= MIN_DOCUMENTS
     known = (result["lift_lower"].notnull() & result["lift_upper"].notnull() & enough).sum().item()
@@ -125,7 +129,9 @@ def specialized_cells(result: xr.Dataset) -> xr.Dataset:
             result[name], result[f"{name}_lower"], result[f"{name}_upper"], factor
         )
     columns["share_upper"] = columns["share_upper"].clip(max=1)
-    columns["settled"] = result["p_value"] < 1 - result.attrs["level"]
+    columns["settled"] = (result["p_value"] < 1 - result.attrs["level"]) & (
+        (result["lift_lower"] > 1) | (result["lift_upper"] < 1)
+    )
     tested = int(result["p_value"].notnull().sum())
     return xr.Dataset(columns, attrs={"n_compared": known, "n_tested": tested, "level": result.attrs["level"]})
 
@@ -257,8 +263,8 @@ def _preference(cell: xr.Dataset, domain: str, attributes: Mapping[str, float]) 
     )
     detail = (
         f"Both intervals hold at {percent(attributes['level'])} for all {attributes['n_compared']:,} cells (domain, "
-        "layer, expert) at once (Bonferroni), since the largest was picked; and whole documents that swap "
-        "domains hardly ever differ so (permutation, max-T over all cells)."
+        "layer, expert) with an interval at once (Bonferroni), since the largest was picked; and whole documents that "
+        "swap domains hardly ever differ so (permutation, max-T over all cells)."
     )
     where: dict[str, int | str] = {"domain": domain, "layer": layer, "expert": expert}
     strength = float(np.log(lift[1]))
@@ -287,8 +293,8 @@ def _uneven(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     middle, low, high, chance = (float(part[at]) for part in (value, lower, value + reach, null))
     layer, expert = int(result["layer"][at]), int(load["load"].isel(layer=at).argmax("expert"))
     text = (
-        f"Layer {layer} is the least even: its busiest expert, {expert}, takes {times(middle)} {interval(low, high)} "
-        f"an even share; chance alone would stay below {chance:.2f}\u00a0×."
+        f"Layer {layer} is most surely uneven: its busiest expert, {expert}, takes {times(middle)} "
+        f"{interval(low, high)} an even share; chance alone would stay below {chance:.2f}\u00a0×."
     )
     detail = (
         f"The interval holds for all {result.sizes['layer']} layers at once. Chance: 97.5 % of uniform routers with "
@@ -367,10 +373,10 @@ def _explained(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     result = results["mutual_information"]
     telling = tells(result)
     token = result.sel(label="token_id")
-    excess = token["excess"].where(telling.sel(label="token_id"))
-    if not bool(excess.notnull().any()):
+    shared = token["normalized"].where(telling.sel(label="token_id"))
+    if not bool(shared.notnull().any()):
         return []
-    at = int(excess.argmax("layer"))
+    at = int(shared.argmax("layer"))
     value, null, upper = (float(token[name][at]) for name in ("normalized", "null", "null_upper"))
     layer = int(result["layer"][at])
     text = (
@@ -424,7 +430,7 @@ def _certainty(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     layer = int(results["margin"]["layer"][at])
     text = (
         f"The router is least sure in layer {layer}: the median margin is {digits(middle)}\u00a0logits "
-        f"(90\u00a0% of decisions: {interval(low, high)}), and a quarter are within {digits(first)}."
+        f"(90\u00a0% of decisions: {digits(low)} to {digits(high)}), and a quarter are within {digits(first)}."
     )
     detail, where = "The range is that of the decisions, not an uncertainty.", {"layer": layer}
     headline = f"{digits(middle)} logits"

@@ -35,7 +35,8 @@ def _load(result: xr.Dataset) -> Section:
     return Section(
         anchor="load",
         title=title,
-        reading="Each row is a layer, each cell an expert: orange took more than an even share, blue less. "
+        reading="Each row is a layer, each cell an expert: orange took more than an even share, blue less; the number "
+        "is how many times an even share. "
         f"{_unsettled(result, 'the interval holds an even share, or is withheld (hover says why)')} ×: no token was "
         f"seen. {text_view.NOPE_SIGN} marks layers whose attention has no positions (NoPE). Click a cell for all about "
         "its expert.",
@@ -230,7 +231,7 @@ def _paths(result: xr.Dataset) -> Section:
         anchor="paths",
         title=title,
         reading="Each row is a way through all MoE layers; a blue point far right of its grey tick is a path that more "
-        "tokens take than if the layers chose independently.",
+        "tokens take than if the layers chose independently, often since one frequent token finds the same way again.",
         definition="First choices only. Independent layers: the product of the loads of the path's experts. The "
         f"interval resamples whole documents; it is withheld below {MIN_DOCUMENTS} documents, or where a path comes "
         "from too few. These paths were picked because they are common here, so part of their counts is luck.",

@@ -72,10 +72,8 @@ def imbalance(result: xr.Dataset) -> str:
     if result["max_violation_lower"].isnull().all():
         return f"Fewer than {MIN_DOCUMENTS} documents cannot say whether a layer is less even than chance"
     if not layers:
-        return "No layer is surely less even than chance would make it"
-    verb = "are" if 1 < len(layers) < result.sizes["layer"] else "is"
-    words = layers_in_words(layers, result.sizes["layer"])
-    return f"{words[0].upper()}{words[1:]} {verb} less even than chance would make {'them' if verb == 'are' else 'it'}"
+        return "In no layer is the busiest expert surely busier than chance would make it"
+    return f"In {layers_in_words(layers, result.sizes['layer'])} the busiest expert is busier than chance would make it"
 
 
 def specialization(cells: xr.Dataset) -> str:
@@ -87,10 +85,8 @@ def specialization(cells: xr.Dataset) -> str:
         return "No domain surely prefers an expert"
     by_domain = cells["settled"].sum(["layer", "expert"])
     most = str(cells["domain"].values[int(by_domain.argmax("domain"))])
-    return (
-        f"“{most}” has the most distinct taste; {percent(n_settled / n_tested)} of all cells surely differ from the "
-        "overall load"
-    )
+    part = percent(n_settled / n_tested)
+    return f"{part} of all cells surely differ from the overall load, more in “{most}” than elsewhere"
 
 
 def margin(result: xr.Dataset) -> str:
@@ -103,8 +99,8 @@ def margin(result: xr.Dataset) -> str:
         return f"Half of the decisions are closer than {digits(middle[least])} logits"
     layers = result["layer"].values
     return (
-        f"The router is surest in layer {layers[most]} (median margin {digits(middle[most])} logits) "
-        f"and least sure in layer {layers[least]} ({digits(middle[least])})"
+        f"The median margin is largest in layer {layers[most]} ({digits(middle[most])} logits) "
+        f"and smallest in layer {layers[least]} ({digits(middle[least])})"
     )
 
 
@@ -148,7 +144,7 @@ def information(result: xr.Dataset) -> str:
     if not names:
         return "Nothing that was asked tells more about the expert than chance would"
     strongest = result.sel(label=names[0])
-    at = int(strongest["excess"].where(telling.sel(label=names[0])).argmax("layer"))
+    at = int(strongest["normalized"].where(telling.sel(label=names[0])).argmax("layer"))
     layers = [int(layer) for layer in result["layer"].values[telling.sel(label=names[0]).values]]
     head = LABELS.get(names[0], names[0])
     value, null = (percent(float(strongest[name][at])) for name in ("normalized", "null"))
@@ -171,11 +167,8 @@ def paths(result: xr.Dataset) -> str:
     if n_paths > NEARLY_UNIQUE * n_tokens:
         return f"Nearly every token takes a path of its own: {counted(n_tokens, 'token')}, {n_paths:,} paths"
     first = result.isel(path=0)
-    share, lift = percent(float(first["share"])), rough(float(first["lift"]))
-    return (
-        f"{n_tokens:,} tokens take {n_paths:,} paths; the most common carries {share} of them, {lift} what "
-        "independent layers give"
-    )
+    share = percent(float(first["share"]))
+    return f"{n_tokens:,} tokens take {n_paths:,} paths; the most common carries {share} of them"
 
 
 def rough(ratio: float) -> str:
@@ -186,10 +179,10 @@ def rough(ratio: float) -> str:
 def batches(result: xr.Dataset) -> str:
     """What the figure of batches shows, from ``distinct_experts``."""
     size, unrelated, consecutive, uniform = typical_batch(result)
-    head = f"A batch of {counted(size, 'unrelated token')} touches {unrelated:.3g} experts in the median layer"
+    head = f"A batch of {counted(size, 'unrelated token')} touches {digits(unrelated)} experts in the median layer"
     if np.isfinite(consecutive):
-        head += f", {size:,} consecutive ones {consecutive:.3g}"
-    return f"{head}; a uniform router would touch {uniform:.3g}"
+        head += f", {size:,} consecutive ones {digits(consecutive)}"
+    return f"{head}; a uniform router would touch {digits(uniform)}"
 
 
 def typical_batch(result: xr.Dataset) -> tuple[int, float, float, float]:

@@ -8,7 +8,8 @@ from scipy.stats import binomtest
 
 from probe import bootstrap, routing_stats, schema
 from probe.bootstrap import Bootstrap, carrying, design_effect, divide, effective_number, resampled_sums, share
-from tests.planted import from_experts
+from probe.schema import ProbeError
+from tests.planted import from_experts, from_logits
 
 N_EXPERTS, N_DOCUMENTS, LENGTH = 8, 60, 100
 LOAD = np.array([0.3, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05])
@@ -83,7 +84,7 @@ def test_independent_tokens_have_the_exact_interval():
 
 def test_withheld_intervals_say_why():
     few = interval_status([[0, 1]] * 4)
-    assert few == ["withheld: fewer than 5 documents"] * 3
+    assert few == ["withheld: fewer than 5 documents, or 3 in effect"] * 3
     # Expert 0 is in every document, expert 1 in a single one of ten, expert 2 in none.
     concentrated = interval_status([[0] * 10] * 9 + [[1] * 4 + [0] * 6])
     assert concentrated == ["withheld: rests on too few documents"] * 2 + ["unused: rule of three"]
@@ -101,6 +102,45 @@ def interval_status(documents: list[list[int]]) -> list[str]:
         given = [entry.startswith(("given", "unused")) for entry in status]
         assert (~np.isnan(at)).tolist() == given, name
     return status
+
+
+def test_one_document_as_long_as_all_others_gives_no_interval_of_anything():
+    random = np.random.default_rng(0)
+    lengths = [200] + [10] * 7
+    recording = from_logits(random.normal(size=(270, 1, 8)), lengths=lengths)
+    other = from_logits(random.normal(size=(270, 1, 8)), lengths=lengths)
+    assert set(schema.labels(routing_stats.load_interval(recording)["interval_status"]).ravel()) == {
+        "withheld: fewer than 5 documents, or 3 in effect"
+    }
+    for result, name in [
+        (routing_stats.z_loss(recording), "upper"),
+        (routing_stats.balance_loss(recording), "upper"),
+        (routing_stats.distinct_experts(recording), "upper"),
+        (routing_stats.imbalance(recording), "max_violation_upper"),
+        (routing_stats.margin(recording), "margin_upper"),
+        (routing_stats.compare(recording, other), "load_shift_upper"),
+    ]:
+        assert np.isnan(result[name]).all(), name
+
+
+def test_bounds_stay_where_a_number_can_be():
+    random = np.random.default_rng(0)
+    recording = from_logits(3 * random.normal(size=(60, 2, 3)), lengths=[10] * 6, top_k=2, domains=["a", "b"] * 3)
+    interval = routing_stats.load_interval(recording)
+    assert (interval["upper"] <= 1 / 2).all(), "one of two choices is the most that an expert can get"
+    everyone = from_experts(np.tile([[0, 1], [0, 2]], (30, 1))[:, None], n_experts=3, lengths=[10] * 6)
+    assert routing_stats.load_interval(everyone)["upper"][0, 0] == 1 / 2
+    distinct = routing_stats.distinct_experts(recording, batch_sizes=[1, 2])
+    assert (distinct["upper"].values <= [2, 3]).all() and (distinct["lower"] >= 2).all()
+    assert (routing_stats.balance_loss(recording)["upper"] <= 3).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"level": None}, {"level": "a"}, {"n_resamples": 2.5}, {"seed": -1}, {"seed": 0.5}]
+)
+def test_settings_of_a_wrong_kind_are_refused(options):
+    with pytest.raises(ProbeError, match=next(iter(options))):
+        Bootstrap(**options)
 
 
 def test_the_one_expert_that_took_everything_is_bounded_from_below():
@@ -140,7 +180,7 @@ def test_design_effect_by_hand():
     binomial = np.array([0.5 * 0.5, 0.25 * 0.75, 0]) / 100
     variance = np.array([[4 * binomial[0], 4 * binomial[0], 0], [0.1 * binomial[1], 0.1 * binomial[1], 0], [0, 0, 0]])
     # four times as variable; never below 1; one expert took all: a document is worth one choice
-    assert design_effect(counts, variance, 10) == pytest.approx([4, 1, 10])
+    assert design_effect(counts, np.full((3, 1), 100), variance, 10) == pytest.approx([4, 1, 10])
 
 
 def test_the_design_effect_of_planted_correlation_is_found():
@@ -148,7 +188,9 @@ def test_the_design_effect_of_planted_correlation_is_found():
     per_document = np.stack([np.bincount(own, minlength=N_EXPERTS) for own in documents])[:, None]
     bootstrap = Bootstrap()
     resampled = share(resampled_sums(bootstrap.weights(N_DOCUMENTS), per_document))
-    effect = design_effect(per_document.sum(axis=0), resampled.var(axis=0), N_DOCUMENTS)
+    effect = design_effect(
+        per_document.sum(axis=0), np.array([[N_DOCUMENTS * LENGTH]]), resampled.var(axis=0), N_DOCUMENTS
+    )
     assert effect[0] == pytest.approx(1 + (LENGTH - 1) / 10, rel=0.35)
 
 

@@ -64,12 +64,12 @@ def test_hover_gives_the_value_with_its_interval_and_bounds_an_unused_expert():
 def test_hover_says_why_an_interval_is_withheld():
     few = planted.from_experts(np.array([[0], [0], [1]] * 4), n_experts=2, lengths=[3] * 4, domains=["a", "b"] * 2)
     cells = figures.expert_load(routing_stats.load_interval(few)).data[0].customdata
-    assert cells[0][0][0] == "expert 0<br>load 66.67 %<br>interval withheld: fewer than 5 documents"
+    assert cells[0][0][0] == "expert 0<br>load 66.67 %<br>interval withheld: fewer than 5 documents, or 3 in effect"
     lone = planted.from_experts(np.array([[0]] * 190 + [[1]] * 10), n_experts=2, lengths=[10] * 20)
     cells = figures.expert_load(routing_stats.load_interval(lone)).data[0].customdata
     assert cells[0][1][0] == "expert 1<br>load 5.00 %<br>interval withheld: rests on too few documents"
     cells = figures.specialization(routing_stats.specialization(few)).data[0].customdata
-    assert "<br>lift 1.00 ×<br>interval withheld: fewer than 5 documents<br>a" in cells[0][0][0]
+    assert "<br>lift 1.00 ×<br>interval withheld: fewer than 5 documents, or 3 in effect<br>a" in cells[0][0][0]
 
 
 def test_a_cell_that_may_be_even_has_a_dot_or_no_colour():

@@ -166,7 +166,7 @@ def test_an_uneven_layer_is_told_beside_chance():
     load = loads(shares, np.zeros((2, 4)), np.ones((2, 4)), layers=(1, 3), n_documents=10**7)
     found = findings.find(quiet_results(imbalance=uneven, load_interval=load))[0]
     assert found.text.replace("\u00a0", " ") == (
-        "Layer 1 is the least even: its busiest expert, 1, takes 2.9 × [2.6, 3.2] an even share; "
+        "Layer 1 is most surely uneven: its busiest expert, 1, takes 2.9 × [2.6, 3.2] an even share; "
         "chance alone would stay below 1.06 ×."
     )
     assert found.lower == pytest.approx(2.9 - 0.3 * 2.2414 / 1.95996, rel=1e-4)
@@ -203,7 +203,7 @@ def test_if_nothing_stands_out_that_is_the_finding():
 def test_margins_are_described_last():
     found = findings.find(quiet_results())[-1]
     assert found.text.replace("\u00a0", " ") == (
-        "The router is least sure in layer 0: the median margin is 0.45 logits (90 % of decisions: [0.03, 1.6]), "
+        "The router is least sure in layer 0: the median margin is 0.45 logits (90 % of decisions: 0.03 to 1.6), "
         "and a quarter are within 0.19."
     )
 
@@ -283,8 +283,11 @@ def test_titles_say_what_one_sees():
         titles.load(loads([[0.5, 0.5]], [[0.4, 0.4]], [[0.6, 0.6]])) == "No expert is surely busier than an even share"
     )
     imbalance = layered([0, 1], max_violation_lower=[0.2, 0.01], max_violation_null_upper=[0.1, 0.1])
-    assert titles.imbalance(imbalance) == "Layer 0 is less even than chance would make it"
-    assert titles.imbalance(imbalance.isel(layer=[1])) == "No layer is surely less even than chance would make it"
+    assert titles.imbalance(imbalance) == "In layer 0 the busiest expert is busier than chance would make it"
+    assert (
+        titles.imbalance(imbalance.isel(layer=[1]))
+        == "In no layer is the busiest expert surely busier than chance would make it"
+    )
     withheld = loads(
         [[0.9, 0.1], [0.4, 0.6]], [[np.nan, np.nan], [0.3, 0.55]], [[np.nan] * 2, [0.5, 0.7]], layers=(1, 3)
     )
@@ -316,9 +319,7 @@ def test_titles_of_paths_say_when_every_token_goes_its_own_way():
     experts = np.array([[0, 0]] * 30 + [[0, 1]] * 10 + [[1, 1]] * 40)
     result = routing_stats.paths(planted.from_experts(experts, n_experts=2, lengths=[10] * 8))
     # 40 of 80 tokens; independent layers give 40 / 80 · 50 / 80
-    assert titles.paths(result) == (
-        "80 tokens take 3 paths; the most common carries 50\u00a0% of them, 1.6\u00a0× what independent layers give"
-    )
+    assert titles.paths(result) == ("80 tokens take 3 paths; the most common carries 50\u00a0% of them")
     alone = routing_stats.paths(planted.from_experts(np.arange(16).reshape(16, 1), n_experts=16, lengths=[16]))
     assert titles.paths(alone) == "Nearly every token takes a path of its own: 16 tokens, 16 paths"
     same = routing_stats.paths(planted.from_experts(np.zeros((16, 2), int), n_experts=3, lengths=[16]))
@@ -336,6 +337,19 @@ def test_title_of_batches_takes_a_size_at_which_half_is_open():
     assert uniform == pytest.approx(8 * (1 - (7 / 8) ** 8))
     assert unrelated == pytest.approx(2 * (1 - 0.5**8))
     assert titles.batches(result) == (
-        "A batch of 8 unrelated tokens touches 1.99 experts in the median layer, 8 consecutive ones 1; "
-        "a uniform router would touch 5.25"
+        "A batch of 8 unrelated tokens touches 2.0 experts in the median layer, 8 consecutive ones 1.0; "
+        "a uniform router would touch 5.3"
     )
+
+
+def test_halves_are_rounded_as_scripts_round_them():
+    assert [findings.digits(value) for value in (6.25, 0.125, 12.5, 2.5, -6.25)] == ["6.3", "0.13", "13", "2.5", "-6.3"]
+
+
+def test_a_cell_is_settled_only_where_its_own_interval_agrees():
+    cells = {"domain": ["a"], "layer": [0], "expert": [0, 1]}
+    values = {"share": 0.5, "share_lower": 0.4, "share_upper": 0.6, "lift": 2.0, "lift_upper": 3.0, "p_value": 0.001}
+    result = xr.Dataset({name: (tuple(cells), np.full((1, 1, 2), value)) for name, value in values.items()}, cells)
+    result["lift_lower"] = (tuple(cells), [[[1.5, 0.5]]])
+    result["n_documents"] = ("domain", [9])
+    assert findings.specialized_cells(result.assign_attrs(level=0.95))["settled"].values.tolist() == [[[True, False]]]

@@ -173,6 +173,44 @@ def test_settings_without_meaning_are_refused(function, options):
         function(small(), **options)
 
 
+@pytest.mark.parametrize("n_groups", [255, 256, 257])
+def test_as_many_groups_as_a_byte_holds(n_groups):
+    recording = from_experts(np.zeros((n_groups, 1), int), n_experts=2, lengths=[n_groups])
+    load = routing_stats.expert_load(recording, by="position")
+    assert load.sizes["position"] == n_groups and (load[:, 0, 0] == 1).all()
+    pair = routing_stats.expert_load(recording, by=("phase", "position"))
+    np.testing.assert_array_equal(pair.sel(phase="prefill"), load)
+
+
+def test_experts_are_selected_in_the_result_not_before():
+    routing = routing_of(random_recording())
+    for changed in (routing.sel(expert=[0, 1]), routing.sortby("expert", ascending=False)):
+        with pytest.raises(SchemaError, match="experts were selected or re-ordered"):
+            routing_stats.expert_load(changed)
+    broken = routing.assign(expert_index=routing["expert_index"].copy(data=routing["expert_index"].values + 3))
+    with pytest.raises(SchemaError, match="holds expert 7 of only 5"):
+        routing_stats.expert_load(broken)
+
+
+@pytest.mark.parametrize("by", [3, ["domain", 3], xr.DataArray([1])])
+def test_by_is_a_name(by):
+    with pytest.raises(SchemaError, match="by must be the name"):
+        routing_stats.expert_load(small(), by=by)
+
+
+def test_a_coord_may_not_have_the_name_of_a_dim_of_the_result():
+    routing = routing_of(small()).assign_coords(quantile=("token", np.arange(5)))
+    with pytest.raises(SchemaError, match="cannot split by 'quantile', a dim of the result"):
+        routing_stats.margin(routing, by="quantile")
+
+
+def test_too_many_groups_are_refused_before_any_work():
+    routing = routing_of(from_experts(np.zeros((1100, 1), int), n_experts=2, lengths=[1100]))
+    many = routing.assign_coords(other=("token", np.arange(1100)))
+    with pytest.raises(ProbeError, match="1,210,000 groups"):
+        routing_stats.expert_load(many, by=("position", "other"))
+
+
 def test_nothing_is_changed_in_the_recording():
     recording = random_recording()
     before = recording.copy(deep=True)

@@ -362,6 +362,9 @@ def test_gates_by_hand():
     assert result["gate_from"].values.tolist() == [0, 0.25, 0.5, 0.75]
     with pytest.raises(ProbeError, match="bins is 0"):
         routing_stats.gate_histogram(small(), bins=0)
+    routing = routing_of(small())
+    routing["router_logit"][:2] = np.nan
+    assert routing_stats.gate_histogram(routing)["count"].sum() == 6, "a gate that is not a number is in no bin"
 
 
 # Balance loss

@@ -61,8 +61,8 @@ def repetition(
     and the first that was generated included. The nulls draw both tokens independently from the group's tokens, so
     that uneven load does not pass for repetition: ``null`` is the sum over experts of squared first-choice shares,
     which is 1/E only under a uniform router. ``either_null`` is exact for the recorded sets, by inclusion and
-    exclusion: the sum over j = 1 … k, and over sets S of j experts, of (-1)^(j+1) P(S was chosen)²; NaN where k is
-    over 8, since the sets of one token are 2^k, or where there are more sets than 64 bits can number.
+    exclusion: the sum over j = 1 … k, and over sets S of j experts, of (-1)^(j+1) P(S was chosen)²; 1 where 2 k > E;
+    else NaN where k is over 8, since the sets of one token are 2^k, or there are more sets than 64 bits can number.
     """
     bootstrap = Bootstrap(level, n_resamples, seed)
     rows = grouped(routing, by)

@@ -69,10 +69,11 @@ def load_interval(
     Notes
     -----
     N_e / (T·k) with the interval of Korn & Graubard 1998: Clopper–Pearson for as many independent choices as the
-    tokens are worth, by the variance of the load over resampled documents, with Student's t for few documents. Withheld
-    below 5 documents, and where the tokens of the rarer side (the expert's, or all others') come from fewer than 4
-    documents in effect, (Σ n_d)² / Σ n_d² (of few documents: from fewer than 4 in 10): there such intervals cover less
-    than 90 %. An expert that took no token
+    tokens are worth, by the variance of the load over resampled documents, with Student's t for few documents. For
+    k > 1 the choice is a token's, to have the expert or not. Withheld below 5 documents (or 3 in effect), and where the
+    tokens of the rarer side (the expert's, or all others') come from fewer than 4 documents in effect,
+    (Σ n_d)² / Σ n_d² (of few documents: from fewer than 4 in 10): there such intervals cover less than 90 %. An expert
+    that took no token
     has the lower bound 0 and the rule of three as its upper bound, 3 / n_eff at 95 %, n_eff being T·k over the median
     design effect of the layer's other experts.
     """
@@ -84,7 +85,7 @@ def load_interval(
     n_documents = np.zeros(rows.n_groups, np.int64)
     for group, _, per_document in rows.documents():
         counts[group] = per_document.sum(axis=0)
-        bounds[0, group], bounds[1, group], status[group] = bootstrap.share_interval(per_document)
+        bounds[0, group], bounds[1, group], status[group] = bootstrap.share_interval(per_document, top_k=rows.top_k)
         n_documents[group] = len(per_document)
     dims = ("layer", "expert")
     return xr.Dataset(
@@ -138,7 +139,9 @@ def document_load(samples: xr.Dataset | xr.DataTree, *, sample: int, layer: int,
     schema.require_layer(layer, samples["layer"].values.tolist())
     counts = samples["expert_count"].sel(layer=layer).transpose("sample", "expert").values.astype(np.int64)
     filled = counts[counts.sum(axis=1) > 0]
-    lower, upper, _ = (part[0] for part in Bootstrap(level).share_interval(filled[:, None, :]))
+    top_k = int(counts.sum() // max(int(samples["n_tokens"].sum()), 1))
+    interval = Bootstrap(level).share_interval(filled[:, None, :], top_k=max(top_k, 1))
+    lower, upper, _ = (part[0] for part in interval)
     columns = {
         "here": (share(counts[sample]), "load in the document"),
         "overall": (share(counts.sum(axis=0)), "load in all documents"),
@@ -155,7 +158,7 @@ def document_load(samples: xr.Dataset | xr.DataTree, *, sample: int, layer: int,
         attrs={
             "level": level,
             "n_documents": len(filled),
-            "top_k": int(counts.sum() // max(int(samples["n_tokens"].sum()), 1)),
+            "top_k": top_k,
         },
     )
 
@@ -272,11 +275,12 @@ def balance_loss(
             weights = bootstrap.weights(len(counts))
             resampled = _balance_loss(resampled_sums(weights, counts), resampled_sums(weights, probability))
             n_effective = effective_number(counts.sum(axis=-1))
-            lower[group], upper[group] = bootstrap.bounds(loss[group], resampled, n_effective)
+            bounds = bootstrap.bounds(loss[group], resampled, n_effective)
+            lower[group], upper[group] = np.clip(bounds, 0, rows.n_experts)
     return xr.Dataset(
         {
             "balance_loss": rows.array(loss, ("layer",), "load-balancing loss"),
-            "lower": rows.array(np.maximum(lower, 0), ("layer",), "lower bound of the load-balancing loss"),
+            "lower": rows.array(lower, ("layer",), "lower bound of the load-balancing loss"),
             "upper": rows.array(upper, ("layer",), "upper bound of the load-balancing loss"),
             "n_documents": rows.array(n_documents, (), "documents with a token", "document"),
         },
@@ -306,8 +310,9 @@ def _counts_and_probabilities(routing: Routing, rows: Rows) -> Iterator[tuple[in
     for group, sample, counts in rows.documents():
         if not np.array_equal(counts, whole[sample]):
             raise ProbeError(
-                f"by={list(rows.group_coords)} splits documents, and their probabilities were recorded as one sum: "
-                "split by a coord that is the same for a whole document, or record with RoutingSpec(all_logits=True)"
+                f"by={list(rows.group_coords)} splits documents, or /routing holds only a part of them, and the "
+                "probabilities of a document were recorded as one sum: take whole documents, or record with "
+                "RoutingSpec(all_logits=True)"
             )
         yield group, counts, probability[sample].astype(np.float64)
 

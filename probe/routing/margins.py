@@ -88,7 +88,8 @@ def margin_histogram(routing: Routing, *, bins: int | Sequence[float] = 40, by: 
     -------
     DataArray ([by,] layer, margin_bin), units "1"; sums to 1 over ``margin_bin`` unless given edges leave margins out,
     NaN where there is no margin. ``margin_bin`` is the centre of a bin, the coords ``margin_from`` and ``margin_to``
-    are its edges (logit). A bin holds its lower edge, the last one its upper edge too.
+    are its edges (logit). A bin holds its lower edge, the last one its upper edge too. A margin below 0, of a choice
+    that was forced, is in no bin unless edges are given for it.
 
     Raises
     ------
@@ -144,21 +145,23 @@ def gate_histogram(routing: Routing, *, bins: int = 20, by: By = None) -> xr.Dat
     -----
     Llama 4's gate is the sigmoid of the chosen expert's raw logit; it scales what the expert is given.
     """
-    if bins < 1:
-        raise ProbeError(f"bins is {bins}, it must be at least 1")
+    if not isinstance(bins, int | np.integer) or bins < 1:
+        raise ProbeError(f"bins is {bins}, it must be a whole number of at least 1")
     rows = grouped(routing, by)
 
-    # A logit has 65,536 values in float16: its bin is looked up by its bits. NaN, which no router returns, has none.
+    # A logit has 65,536 values in float16: its bin is looked up by its bits. One more holds NaN, which is in none.
     logits = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
-    bin_of = np.minimum(np.nan_to_num(expit(logits) * bins).astype(np.int64), bins - 1)
+    bin_of = np.where(np.isnan(logits), bins, np.minimum(np.nan_to_num(expit(logits)) * bins, bins - 1)).astype(
+        np.int64
+    )
 
     def tally(block: Rows) -> np.ndarray:
         bits = block.values("router_logit").astype(np.float16, copy=False).view(np.uint16)
-        return block.chosen * np.int64(bins) + bin_of.take(bits)
+        return block.chosen * np.int64(bins + 1) + bin_of.take(bits)
 
     counts = np.zeros((rows.n_groups, rows.n_layers, rows.n_experts, bins), np.int64)
-    for groups, tallied in rows.group_tallies(tally, n_values=rows.n_experts * bins):
-        counts[groups] = tallied.reshape(len(groups), *counts.shape[1:])
+    for groups, tallied in rows.group_tallies(tally, n_values=rows.n_experts * (bins + 1)):
+        counts[groups] = tallied.reshape(len(groups), rows.n_layers, rows.n_experts, bins + 1)[..., :bins]
     edges = np.linspace(0, 1, bins + 1)
     columns = {
         "gate_bin": ((edges[:-1] + edges[1:]) / 2, "gate, centre of the bin"),

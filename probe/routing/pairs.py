@@ -458,6 +458,7 @@ def _load_shift(pair: Pair, bootstrap: Bootstrap) -> dict[str, xr.DataArray]:
             here, there = first[:, layer], second[:, layer]
             drawn = share(resampled_sums(weights, there)) - share(resampled_sums(weights, here))
             bounds = bootstrap.bounds(shift[layer], drawn, effective_number(here.sum(axis=1)))
+            bounds = np.clip(bounds, -1 / rows.top_k, 1 / rows.top_k)
             spread = carrying((here + there)[:, None])[0] >= MIN_CARRYING
             lower[layer], upper[layer] = (np.where(spread, bound, np.nan) for bound in bounds)
     columns = {

@@ -17,12 +17,15 @@ from dask.base import compute
 
 from probe import schema
 from probe.counting import add_counts
-from probe.schema import ROWS_AT_ONCE, SchemaError
+from probe.schema import ROWS_AT_ONCE, ProbeError, SchemaError
 
 By = str | Sequence[str] | None
 
 CELLS_OF_BLOCK = 1 << 19
 """Assignments in a block."""
+
+MAX_GROUPS = 1 << 20
+"""Several coords may make at most so many groups."""
 
 BYTES_KEPT = 1 << 29
 """A variable of at most so many bytes is read once for all, by what goes over it several times."""
@@ -117,8 +120,11 @@ class Rows:
 
     @cached_property
     def chosen(self) -> np.ndarray:
-        """Chosen experts (token, layer, slot), strongest first."""
-        return self.values("expert_index")
+        """Chosen experts (token, layer, slot), strongest first; a SchemaError if there is no such expert."""
+        chosen = self.values("expert_index")
+        if chosen.size and int(chosen.max()) >= self.n_experts:
+            raise SchemaError(f"/routing/expert_index holds expert {int(chosen.max())} of only {self.n_experts}")
+        return chosen
 
     @cached_property
     def sample(self) -> np.ndarray:
@@ -331,6 +337,8 @@ class Rows:
         coords: Mapping[str, xr.Variable] | None = None,
     ) -> xr.DataArray:
         """Label ``values`` (group, …): the groups' own dims come first, then ``dims`` with what labels them."""
+        if taken := [name for name in self.group_coords if name in (*dims, *(coords or {}))]:
+            raise SchemaError(f"cannot split by {taken[0]!r}, a dim of the result: give the coord another name")
         return xr.DataArray(
             values.reshape((*self._group_shape, *values.shape[1:])),
             dims=(*self.group_coords, *dims),
@@ -412,8 +420,12 @@ def grouped(routing: Routing, by: By = None) -> Rows:
     else:
         data = schema.group(routing, "routing")
     schema.require(data, "expert_index", "layer", "expert")
-    if lost := [dim for dim in ("token", "layer", "slot", "expert") if dim not in data.dims]:
+    if lost := [dim for dim in ("token", "layer", "slot") if dim not in data.dims]:
         raise SchemaError(f"/routing has lost the dim {lost[0]!r}: select with a list, such as sel({lost[0]}=[3])")
+    if data["expert"].dims != ("expert",) or not np.array_equal(data["expert"], np.arange(data.sizes["expert"])):
+        raise SchemaError("experts were selected or re-ordered in /routing: select them in the result instead")
+    if not (by is None or isinstance(by, str) or (isinstance(by, Sequence) and all(isinstance(n, str) for n in by))):
+        raise SchemaError(f"by must be the name of a coord on token, such as 'domain', or several, got {by!r:.80}")
     names = () if by is None else (by,) if isinstance(by, str) else tuple(by)
     if len(set(names)) < len(names):
         raise SchemaError(f"by={by!r} names a coord twice")
@@ -421,9 +433,11 @@ def grouped(routing: Routing, by: By = None) -> Rows:
     coords: dict[str, xr.Variable] = {}
     for name in names:
         code, coords[name] = _grouping(data, name)
-        n_groups = int(np.prod([coord.size for coord in coords.values()]))
-        dtype = np.min_scalar_type(max(n_groups - 1, 0))
-        group = group.astype(dtype) * dtype.type(coords[name].size) + code.astype(dtype)
+        n_groups = int(np.prod([coord.size for coord in coords.values()], dtype=object))
+        if n_groups > MAX_GROUPS and len(coords) > 1:
+            raise ProbeError(f"by={names} makes {n_groups:,} groups, more than {MAX_GROUPS:,}: split by fewer coords")
+        number = group.astype(np.int64) * coords[name].size + code  # in 64 bits: 256 groups do not fit into 8
+        group = number.astype(np.min_scalar_type(max(n_groups - 1, 0)))
     return Rows(data, group, coords, ungrouped=known)
 
 

@@ -52,8 +52,8 @@ def capacity(
     of mixed requests.
     """
     factors = np.asarray(capacity_factors, float)
-    if tokens_per_batch < 1:
-        raise ProbeError(f"tokens_per_batch is {tokens_per_batch}, it must be at least 1")
+    if not isinstance(tokens_per_batch, int | np.integer) or tokens_per_batch < 1:
+        raise ProbeError(f"tokens_per_batch is {tokens_per_batch}, it must be a whole number of at least 1")
     if factors.ndim != 1 or not len(factors) or not (factors > 0).all():
         raise ProbeError(f"capacity_factors must be positive numbers, got {capacity_factors!r}")
     rows = grouped(routing)
@@ -221,12 +221,13 @@ def distinct_experts(
             n_effective = effective_number(per_document.sum(axis=-1))[:, None]
             lower[group], upper[group] = bootstrap.bounds(distinct[group], drawn, n_effective)
     uniform = rows.n_experts * (1 - (1 - rows.top_k / rows.n_experts) ** sizes)
+    most = np.minimum(rows.n_experts, rows.top_k * sizes)
     labels = {"batch_size": _label("batch_size", sizes, "tokens in a batch", "token")}
     dims = ("layer", "batch_size")
     columns = {
         "distinct": (distinct, "experts that a batch of unrelated tokens touches"),
-        "lower": (lower.clip(rows.top_k, rows.n_experts), "lower bound of the distinct experts"),
-        "upper": (upper.clip(rows.top_k, rows.n_experts), "upper bound of the distinct experts"),
+        "lower": (lower.clip(rows.top_k, most), "lower bound of the distinct experts"),
+        "upper": (upper.clip(rows.top_k, most), "upper bound of the distinct experts"),
         "consecutive": (_consecutive(rows, sizes), "experts that consecutive tokens of a sample touch"),
     }
     variables = {
@@ -303,14 +304,17 @@ def _consecutive(rows: Rows, batch_sizes: np.ndarray) -> np.ndarray:
     touched = np.zeros((rows.n_groups, rows.n_layers, len(batch_sizes)), np.int64)
     n_runs = np.zeros((rows.n_groups, len(batch_sizes)), np.int64)
     starts = [rows.run_starts(size) for size in batch_sizes.tolist()]
+    ahead = max((size - 1 for size, first in zip(batch_sizes.tolist(), starts, strict=True) if len(first)), default=0)
     for at, first in enumerate(starts):
         n_runs[:, at] = np.bincount(rows.group[first], minlength=rows.n_groups)
-    for block in rows.blocks("expert_index", ahead=int(batch_sizes.max()) - 1):
+    for block in rows.blocks("expert_index", ahead=ahead):
         sets = np.bitwise_or.reduce(_as_bits(rows.n_experts)[block.chosen], axis=2)
         stop = block.start + block.n_tokens
         for at, (size, first) in enumerate(zip(batch_sizes.tolist(), starts, strict=True)):
             own = first[np.searchsorted(first, block.start) : np.searchsorted(first, stop - size, side="right")]
             own = own[own < stop - block.n_ahead]
+            if not len(own):
+                continue
             union = np.bitwise_or.reduce(sets[(own - block.start)[:, None] + np.arange(size)], axis=1)
             n_experts = np.bitwise_count(union).sum(axis=-1, dtype=np.int64)
             if rows.n_groups == 1:

@@ -144,13 +144,14 @@ def _by_group(rows: Rows, whole: GroupDocuments, documents: Documents, bootstrap
             n_effective = effective_number(per_document.sum(axis=-1))[:, None]
             drawn = divide(share(resampled), overall)
             bounds[2:] = bootstrap.factor_bounds(divide(share(counts), load), drawn, n_effective)
-        bounds[0], bounds[1], status = bootstrap.share_bounds(per_document, resampled)
+        bounds[0], bounds[1], status = bootstrap.share_bounds(per_document, resampled, top_k=rows.top_k)
         # Nothing varies between draws where the group took an expert never, or always: there the share's bounds speak.
         never, always = (status == UNUSED) & (counts == 0), (status == UNUSED) & (counts > 0) & (load < 1)
         of_share = divide(bounds[:2], load)
         bounds[2:, never] = of_share[:, never]
         bounds[2, always] = np.minimum(bounds[2], of_share[0])[always]
         bounds[2:, (status != GIVEN) & (status != UNUSED)] = np.nan
+        bounds[3] = np.minimum(bounds[3], divide(np.ones_like(load), rows.top_k * load))  # a share is at most 1 / k
         yield _OfGroup(group, counts, len(sample), bounds, status)
 
 

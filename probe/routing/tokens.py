@@ -13,7 +13,7 @@ import xarray as xr
 from scipy.special import expit
 
 from probe import schema
-from probe.bootstrap import MIN_DOCUMENTS, Bootstrap, divide
+from probe.bootstrap import MIN_DOCUMENTS, MIN_EFFECTIVE, Bootstrap, divide
 from probe.counting import count
 from probe.routing.rows import Routing, Rows, coded, coords_on, grouped
 from probe.schema import ROWS_AT_ONCE, ProbeError
@@ -281,7 +281,7 @@ def _best(types: _Types, layers: slice, n: int, bootstrap: Bootstrap) -> _Best:
     n_documents, squares = types.spread
     times = types.occurrences.astype(float)
     worth = divide(np.square(times), squares)  # documents of one size, Kish 1965
-    few = n_documents < MIN_DOCUMENTS
+    few = (n_documents < MIN_DOCUMENTS) | ~(worth >= MIN_EFFECTIVE)
     quantile = np.where(few, bootstrap.t(np.inf), bootstrap.t(worth))
     independent = np.square(quantile) / np.where(few, worth, times)
     constant = independent[:, None] * np.where(few[:, None], 1, 1 + correlation * (squares / times - 1)[:, None])

@@ -163,7 +163,7 @@ function probeExpertCard(root, options) {
       list.append(make("li", {}, button, " " + percent(probability) + " ", make("small", {}, times(lift))));
     }
     if (!row.length) return nothing("Too few tokens to tell.");
-    return list.children.length ? list : nothing("No expert more often than by chance.");
+    return list.children.length ? list : nothing("None of the experts with 5 tokens to expect comes more often than by chance.");
   }
 
   function contexts() {
