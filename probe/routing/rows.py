@@ -123,7 +123,10 @@ class Rows:
         """Chosen experts (token, layer, slot), strongest first; a SchemaError if there is no such expert."""
         chosen = self.values("expert_index")
         if chosen.size and int(chosen.max()) >= self.n_experts:
-            raise SchemaError(f"/routing/expert_index holds expert {int(chosen.max())} of only {self.n_experts}")
+            raise SchemaError(
+                f"/routing/expert_index holds expert {int(chosen.max())} of only {self.n_experts}: were experts selected? "
+                "Select them in the result instead"
+            )
         return chosen
 
     @cached_property
@@ -423,7 +426,7 @@ def grouped(routing: Routing, by: By = None) -> Rows:
     if lost := [dim for dim in ("token", "layer", "slot") if dim not in data.dims]:
         raise SchemaError(f"/routing has lost the dim {lost[0]!r}: select with a list, such as sel({lost[0]}=[3])")
     if data["expert"].dims != ("expert",) or not np.array_equal(data["expert"], np.arange(data.sizes["expert"])):
-        raise SchemaError("experts were selected or re-ordered in /routing: select them in the result instead")
+        raise SchemaError("experts were selected or re-ordered in /routing. Select them in the result instead")
     if not (by is None or isinstance(by, str) or (isinstance(by, Sequence) and all(isinstance(n, str) for n in by))):
         raise SchemaError(f"by must be the name of a coord on token, such as 'domain', or several, got {by!r:.80}")
     names = () if by is None else (by,) if isinstance(by, str) else tuple(by)
