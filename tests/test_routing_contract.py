@@ -188,7 +188,7 @@ def test_experts_are_selected_in_the_result_not_before():
         with pytest.raises(SchemaError, match="Select them in the result instead"):
             routing_stats.expert_load(changed)
     broken = routing.assign(expert_index=routing["expert_index"].copy(data=routing["expert_index"].values + 3))
-    with pytest.raises(SchemaError, match="holds expert 7 of only 5"):
+    with pytest.raises(SchemaError, match=r"holds expert \d of only 5"):
         routing_stats.expert_load(broken)
 
 

@@ -124,8 +124,8 @@ class Rows:
         chosen = self.values("expert_index")
         if chosen.size and int(chosen.max()) >= self.n_experts:
             raise SchemaError(
-                f"/routing/expert_index holds expert {int(chosen.max())} of only {self.n_experts}: were experts selected? "
-                "Select them in the result instead"
+                f"/routing/expert_index holds expert {int(chosen.max())} of only {self.n_experts}: were experts "
+                "selected? Select them in the result instead"
             )
         return chosen
 
