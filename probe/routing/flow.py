@@ -221,8 +221,7 @@ def _layer_by_layer(chosen: np.ndarray) -> np.ndarray:
 
 def _compared(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """The first rows of pairs of adjacent tokens, and what the two have in common, (pair, layer, 1)."""
-    sample, position, group = rows.sample, rows.values("position").astype(np.int64), rows.group
-    adjacent = (sample[1:] == sample[:-1]) & (position[1:] == position[:-1] + 1) & (group[1:] == group[:-1])
+    adjacent = rows.is_followed & (rows.group[1:] == rows.group[:-1])
     here, after = rows.chosen[:-1], rows.chosen[1:]
     shared = np.zeros(here.shape[:2], bool)
     for i in range(rows.top_k):

@@ -295,8 +295,7 @@ def _has_next(rows: Rows) -> np.ndarray:
     """Whether the next row is the next position of the same sample, (token,)."""
     found = np.zeros(rows.n_tokens, bool)
     for block in rows.blocks("sample", "position", ahead=1):
-        sample, position = block.sample, block.values("position").astype(np.int64)
-        adjacent = (sample[1:] == sample[:-1]) & (position[1:] == position[:-1] + 1)
+        adjacent = block.is_followed
         found[block.start : block.start + len(adjacent)] = adjacent
     return found
 

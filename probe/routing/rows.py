@@ -134,6 +134,12 @@ class Rows:
         """Sample of each token, (token,)."""
         return self.values("sample")
 
+    @property
+    def is_followed(self) -> np.ndarray:
+        """Whether the next row is the next position of the same sample, for all rows but the last, (row - 1,)."""
+        sample, position = self.sample, self.values("position").astype(np.int64)
+        return (sample[1:] == sample[:-1]) & (position[1:] == position[:-1] + 1)
+
     def blocks(self, *names: str, ahead: int = 0, at_once: int | None = None) -> Iterator[Rows]:
         """All rows, one block after another.
 
