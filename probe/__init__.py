@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from probe.attention_recording import AttentionSpec
     from probe.corpus import read_corpus
     from probe.dispatch import set_expert_dispatch
     from probe.hooks import Recorder, RoutingSpec, record
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionSpec",
     "LoadedModel",
     "ProbeError",
     "Recorder",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AttentionSpec": "attention_recording",
     "LoadedModel": "models",
     "ProbeError": "schema",
     "Recorder": "hooks",

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, Llama4ForConditionalGeneration
 from transformers.models.llama4.modeling_llama4 import Llama4TextModel
 
-from probe import __version__, inputs, recording, schema, sites, vocabulary
+from probe import __version__, attention_interface, inputs, recording, schema, sites, vocabulary
+from probe.attention_interface import watch_attention
+from probe.attention_recording import AttentionRecord, AttentionSpec
 from probe.dispatch import expert_dispatch_of
 from probe.expert_outputs import ExpertTotals, require_known_experts, watch_experts
 from probe.generation import Generation
@@ -53,7 +55,10 @@ class RoutingSpec:
 
 @dataclass
 class _Forward:
-    """One forward of the decoder: which of its positions are real tokens, and what its routers and experts returned."""
+    """One forward of the decoder: which of its positions are real tokens, and what its routers and experts returned.
+
+    ``samples`` are those that its rows belong to; ``past_tokens`` counts what a cache held of them at the start.
+    """
 
     token_ids: Tensor
     is_real: Tensor
@@ -61,6 +66,7 @@ class _Forward:
     n_past: int
     past_tokens: list[int]
     is_decode: bool
+    samples: np.ndarray
     router_outputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     expert_outputs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -80,6 +86,7 @@ class Recorder:
     ----------
     model : a ``LoadedModel``, or any module that holds a Llama 4 text decoder.
     routing : True, or a ``RoutingSpec`` that asks for more.
+    attention : True, or an ``AttentionSpec`` that says what; the model runs probe's sdpa meanwhile (see Notes).
     tokenizer : of a bare model, so that the recording can show text.
 
     Notes
@@ -89,6 +96,10 @@ class Recorder:
     elsewhere a single new token is. Padding is told by the attention mask, and in ``generate()`` also by the end of a
     sequence that finished before the others; it is never stored. Beam search and assisted generation, which move or
     take back what a cache holds, and generation without a cache are refused.
+
+    Recording the routing changes no output. Recording attention takes over the attention function of the text decoder:
+    its outputs are those of transformers' sdpa, to the bit below one chunk and up to rounding beyond, where RoPE layers
+    run chunk by chunk; a model that ran another attention gets sdpa's.
     """
 
     def __init__(
@@ -96,10 +107,13 @@ class Recorder:
         model: LoadedModel | nn.Module,
         *,
         routing: bool | RoutingSpec = True,
+        attention: bool | AttentionSpec | None = None,
         tokenizer: Any = None,
     ) -> None:
         if routing is not True and not isinstance(routing, RoutingSpec):
             raise RecordingError(f"routing={routing!r} leaves nothing to record: pass True or a RoutingSpec")
+        if not (attention is None or isinstance(attention, bool | AttentionSpec)):
+            raise RecordingError(f"attention={attention!r} is not known: pass True or an AttentionSpec")
         self._loaded = model if isinstance(model, LoadedModel) else None
         self._model: nn.Module = model.model if isinstance(model, LoadedModel) else model
         self._tokenizer = tokenizer if tokenizer is not None else getattr(self._loaded, "tokenizer", None)
@@ -107,6 +121,10 @@ class Recorder:
         self._decoder = sites.text_model(self._model)
         self._blocks = sites.moe_blocks(self._model)
         self._head = sites.output_head(self._model) if self._spec.next_token_loss else None
+        self._attention: AttentionRecord | None = None
+        if attention:
+            spec = attention if isinstance(attention, AttentionSpec) else AttentionSpec()
+            self._attention = AttentionRecord(spec, self._decoder)
         self._expert_totals: ExpertTotals | None = None
         if self._spec.expert_outputs:
             require_known_experts(self._blocks)
@@ -139,6 +157,8 @@ class Recorder:
             self._handles.append(block.router.register_forward_hook(self._router_hook(layer)))
             if self._spec.expert_outputs:
                 self._handles += watch_experts(block, self._expert_observer(layer))
+        if self._attention is not None:
+            self._handles.append(watch_attention(decoder, self._attention.observers()))
         self._handles.append(decoder.register_forward_hook(self._on_decoder_end))
         return self
 
@@ -189,40 +209,55 @@ class Recorder:
         is_real = real_tokens(attention_mask, token_ids, n_past)
         past_tokens = [n_past] * len(token_ids)
         if isinstance(attention_mask, Tensor):
-            past_tokens = attention_mask[:, :n_past].sum(dim=1).tolist()
+            past_tokens = (attention_mask[:, :n_past] != 0).sum(dim=1).tolist()
         is_decode = n_past > 0 and token_ids.shape[1] == 1
         if self._generation is not None:
             is_decode = n_past >= self._generation.n_prompt
             if is_decode:
                 is_real = is_real & self._generation.unfinished(token_ids)
-        self._forward = _Forward(token_ids, is_real, cache, n_past, past_tokens, is_decode)
+        samples = self._samples_of(cache, n_past, n_rows=len(token_ids))
+        self._forward = _Forward(token_ids, is_real, cache, n_past, past_tokens, is_decode, samples)
+        if self._attention is not None:
+            self._attention.begin(is_real, samples, self._first_positions(self._forward))
 
-    def _samples_of(self, forward: _Forward) -> np.ndarray:
+    def _samples_of(self, cache: Any, n_past: int, *, n_rows: int) -> np.ndarray:
         """Samples that the rows of a forward belong to: new ones, or those that its cache was filled with."""
-        n_rows = len(forward.token_ids)
-        known = self._caches.get(forward.cache) if forward.n_past else None
+        known = self._caches.get(cache) if n_past else None
         if known is not None:
-            if len(known.samples) != n_rows or known.length != forward.n_past:
+            if len(known.samples) != n_rows or known.length != n_past:
                 raise RecordingError(
                     f"a cache that held {known.length} positions of {len(known.samples)} sequences goes on with "
-                    f"{forward.n_past} of {n_rows}: it was cropped or used outside the recorder"
+                    f"{n_past} of {n_rows}: it was cropped or used outside the recorder"
                 )
-            self._continued = True
             return known.samples
-        if self._announced is not None:
-            samples, self._announced = self._announced, None
-        else:
-            samples = np.arange(n_rows) + len(self._next_position)
-            self._next_position += forward.past_tokens
-        return samples
+        return self._announced if self._announced is not None else np.arange(n_rows) + len(self._next_position)
 
-    def _remember(self, forward: _Forward, samples: np.ndarray, output: Any) -> None:
+    def _first_positions(self, forward: _Forward) -> list[int]:
+        """Position in its sample of the first new token of each row."""
+        n_known = len(self._next_position)
+        return [
+            self._next_position[sample] if sample < n_known else past
+            for sample, past in zip(forward.samples.tolist(), forward.past_tokens, strict=True)
+        ]
+
+    def _settle(self, forward: _Forward, output: Any) -> None:
+        """A forward has succeeded: its samples are taken, and its cache is known."""
+        first = self._first_positions(forward)
+        self._continued |= self._generation is not None or (forward.n_past > 0 and forward.cache in self._caches)
+        self._announced = None
+        n_new = int(forward.samples.max()) + 1 - len(self._next_position)
+        self._next_position += [0] * n_new
+        for sample, position, n_tokens in zip(forward.samples, first, forward.is_real.sum(dim=1).tolist(), strict=True):
+            self._next_position[sample] = position + n_tokens
+        self._remember(forward, output)
+
+    def _remember(self, forward: _Forward, output: Any) -> None:
         """Know the cache of a forward again when a later one goes on with it."""
         # It may have been made inside the forward: then only its output names it.
         outputs = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         for cache in (forward.cache, *outputs):
             if isinstance(cache, Cache):
-                self._caches[cache] = _KnownCache(samples, int(cache.get_seq_length()))
+                self._caches[cache] = _KnownCache(forward.samples, int(cache.get_seq_length()))
 
     def _router_hook(self, layer: int) -> Any:
         def keep(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
@@ -246,11 +281,12 @@ class Recorder:
         self._refuse_silence("router", forward.router_outputs)
         if self._spec.expert_outputs:
             self._refuse_silence("experts", forward.expert_outputs)
-        samples = self._samples_of(forward)
-        self._remember(forward, samples, output)
-        self._continued |= self._generation is not None
+        if self._attention is not None:
+            self._attention.end()
+        first = self._first_positions(forward)
+        self._settle(forward, output)
         with torch.no_grad():
-            self._keep(forward, samples, output[0])
+            self._keep(forward, first, output[0])
 
     def _refuse_silence(self, part: str, recorded: Mapping[int, object]) -> None:
         if silent := sorted(self._blocks.keys() - recorded.keys()):
@@ -260,11 +296,11 @@ class Recorder:
                 f"this model's MoE layers are {', '.join(map(str, self._blocks))}"
             )
 
-    def _keep(self, forward: _Forward, samples: np.ndarray, hidden_states: Tensor) -> None:
-        """Reduce a forward to rows, on the device, and copy them out."""
+    def _keep(self, forward: _Forward, first: list[int], hidden_states: Tensor) -> None:
+        """Reduce a forward, whose rows begin at the ``first`` positions, on the device, and copy the result out."""
+        samples = forward.samples
         row_of_token, _ = forward.is_real.nonzero(as_tuple=True)
         n_real = forward.is_real.sum(dim=1).tolist()
-        first = [self._next_position[sample] for sample in samples]
         position = np.concatenate([np.arange(n) + start for n, start in zip(n_real, first, strict=True)])
         phase = schema.PHASES.index("decode" if forward.is_decode else "prefill")
         rows: dict[str, np.ndarray] = {
@@ -290,8 +326,6 @@ class Recorder:
             token_ids = forward.token_ids.to(hidden_states.device)[is_real]
             losses, predicted = next_token_losses(self._head, hidden_states[is_real], token_ids, row_of_token)
             rows |= {"next_token_loss": losses.cpu().numpy(), "predicted_id": predicted.cpu().numpy().astype(np.uint32)}
-        for sample, n_new in zip(samples, n_real, strict=True):
-            self._next_position[sample] += n_new
         self._row_batches.append(rows)
         self._probability_batches.append((samples, np.stack([sums.numpy() for sums in probability_sums], axis=1)))
         if self._expert_totals is not None:
@@ -343,6 +377,7 @@ class Recorder:
             pieces=vocabulary.pieces(self._tokenizer, np.unique(rows["token_id"]).tolist()),
             attributes=self._attributes(),
             experts=None if self._expert_totals is None else self._expert_totals.arrays(n_samples),
+            attention=None if self._attention is None else self._attention.arrays(),
         )
 
     def _layout(self) -> recording.Layout:
@@ -370,7 +405,7 @@ class Recorder:
             "transformers_version": transformers.__version__,
             "dtype": str(self._decoder.dtype).removeprefix("torch."),
             "device": str(self._decoder.device),
-            "attn_implementation": config._attn_implementation,
+            "attn_implementation": config._attn_implementation if self._attention is None else attention_interface.NAME,
             "expert_dispatch": expert_dispatch_of(self._model),
             "gate_function": "sigmoid",
             "top_k": self._top_k,
@@ -391,6 +426,7 @@ def record(
     batch_size: int = 8,
     max_tokens: int | None = None,
     routing: bool | RoutingSpec = True,
+    attention: bool | AttentionSpec | None = None,
     progress: bool = True,
 ) -> xr.DataTree:
     """Run texts through a model and record which expert took every token, and by what margin.
@@ -406,18 +442,21 @@ def record(
         changes speed and memory, not the experts.
     max_tokens : tokens kept of each text; what is cut is counted in ``/samples/n_cut``.
     routing : True, or a :class:`RoutingSpec` that asks for more.
+    attention : True, or an :class:`AttentionSpec` that says what to record of attention; see :class:`Recorder` for what
+        it does to the model meanwhile.
     progress : show a progress bar.
 
     Returns
     -------
-    DataTree with ``/routing``, ``/samples``, ``/vocabulary`` and, where asked for, ``/experts``; see ``probe.schema``.
+    DataTree with ``/routing``, ``/samples``, ``/vocabulary`` and, where asked for, ``/experts``, ``/attention`` and
+    ``/attention_profiles``; see ``probe.schema``.
 
     Raises
     ------
     RecordingError
         For arguments that do not fit together, before anything is run.
     """
-    recorder = Recorder(model, routing=routing, tokenizer=tokenizer)
+    recorder = Recorder(model, routing=routing, attention=attention, tokenizer=tokenizer)
     if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
         raise RecordingError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}")
     ids, hashes = inputs.token_ids(texts, recorder._tokenizer, recorder._decoder.embed_tokens.num_embeddings)
@@ -437,14 +476,21 @@ def record(
     order = sorted((i for i in range(len(ids)) if ids[i]), key=lambda i: len(ids[i]), reverse=True)
     if not order:
         raise RecordingError(f"none of the {len(texts)} texts has a token")
+    if recorder._attention is not None:
+        recorder._attention.spec.check_texts([len(text) for text in ids])
     recorder._next_position = [0] * len(ids)
     columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
     with recorder, torch.inference_mode(), Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("", total=sum(map(len, ids)))
         for batch in _batches(order, [len(text) for text in ids], batch_size):
             recorder._announced = np.array(batch)
+            n_tokens = sum(len(ids[i]) for i in batch)
+            if recorder._attention is not None:  # long texts take long: the bar moves layer by layer
+                step = n_tokens / len(recorder._attention.layers)
+                recorder._attention.on_layer = functools.partial(bar.advance, task, step)
             _run(recorder._decoder, [ids[i] for i in batch])
-            bar.advance(task, sum(len(ids[i]) for i in batch))
+            if recorder._attention is None:
+                bar.advance(task, n_tokens)
     return recorder.trace(samples)
 
 

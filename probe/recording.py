@@ -44,6 +44,25 @@ class Layout:
     top_k: int
 
 
+@dataclass(frozen=True)
+class AttentionArrays:
+    """What was recorded of attention.
+
+    ``rows`` are variables of ``/attention`` along ``query``, sorted by ``sample`` and ``position``, these two among
+    them; ``profiles`` variables of ``/attention_profiles``, ``sample_id`` among them. ``layers`` are decoder layers,
+    ``rope`` says of each whether its attention is rotary. ``attributes`` are ``schema.ATTENTION_ATTRIBUTES``.
+    """
+
+    rows: Mapping[str, np.ndarray]
+    profiles: Mapping[str, np.ndarray]
+    layers: Sequence[int]
+    rope: Sequence[bool]
+    n_heads: int
+    segments: Sequence[str]
+    offsets: Sequence[int]
+    attributes: Mapping[str, Any]
+
+
 def build(
     rows: Mapping[str, np.ndarray],
     *,
@@ -53,6 +72,7 @@ def build(
     pieces: Mapping[int, bytes],
     attributes: Mapping[str, Any],
     experts: Mapping[str, np.ndarray] | None = None,
+    attention: AttentionArrays | None = None,
 ) -> xr.DataTree:
     """Assemble a recording.
 
@@ -67,21 +87,22 @@ def build(
     attributes : root attributes; see ``schema.ROOT_ATTRIBUTES``.
     experts : variables of ``/experts``, (sample, layer, expert), for a recording that has this group. ``output_max`` is
         NaN in the recording wherever a sample sent an expert no token, whatever stands there.
+    attention : for a recording that has ``/attention`` and ``/attention_profiles``.
     """
     n_tokens = np.bincount(rows["sample"], minlength=len(samples)).astype(np.int64)
-    kinds = np.array([schema.ATTENTION_KINDS.index("rope" if rope else "nope") for rope in layout.rope], np.uint8)
-    layer_coords = {"layer": np.asarray(layout.layers, np.int64), "attention_kind": kinds}
+    layer_coords = _layer_coords(layout.layers, layout.rope)
     expert_coord = {"expert": np.arange(layout.n_experts)}
     sample_coord = {"sample": np.arange(len(samples))}
-    layer_categories = {"attention_kind": schema.ATTENTION_KINDS}
-
     domains = list(dict.fromkeys(sample.domain for sample in samples))
     domain_code = np.array([domains.index(sample.domain) for sample in samples], schema.code_dtype(len(domains)))
     routing = schema.dataset(
         "routing",
         {**rows, "domain": domain_code[rows["sample"]], **layer_coords, **expert_coord},
-        categories=layer_categories | {"domain": domains, "modality": schema.MODALITIES, "phase": schema.PHASES},
+        categories=LAYER_CATEGORIES | {"domain": domains, "modality": schema.MODALITIES, "phase": schema.PHASES},
     )
+    queries = {}
+    if attention is not None:
+        queries["n_queries"] = np.bincount(attention.rows["sample"], minlength=len(samples))
     sample_table = schema.dataset(
         "samples",
         {
@@ -95,11 +116,12 @@ def build(
                 rows["expert_index"], rows["sample"], n_codes=len(samples), n_values=layout.n_experts
             ),
             "probability_sum": probability_sum,
+            **queries,
             **sample_coord,
             **layer_coords,
             **expert_coord,
         },
-        categories=layer_categories,
+        categories=LAYER_CATEGORIES,
     )
     vocabulary = schema.dataset(
         "vocabulary",
@@ -119,6 +141,52 @@ def build(
         groups["/experts"] = schema.dataset(
             "experts",
             {**experts, "output_max": output_max, **sample_coord, **layer_coords, **expert_coord},
-            categories=layer_categories,
+            categories=LAYER_CATEGORIES,
         )
+    if attention is not None:
+        groups["/attention"] = _attention(attention, rows, domain_code, domains)
+        groups["/attention_profiles"] = _profiles(attention, domain_code, domains)
     return xr.DataTree.from_dict(groups)
+
+
+LAYER_CATEGORIES = {"attention_kind": schema.ATTENTION_KINDS}
+
+
+def _layer_coords(layers: Sequence[int], rope: Sequence[bool]) -> dict[str, np.ndarray]:
+    kinds = [schema.ATTENTION_KINDS.index("rope" if is_rope else "nope") for is_rope in rope]
+    return {"layer": np.asarray(layers, np.int64), "attention_kind": np.array(kinds, np.uint8)}
+
+
+def _attention(
+    attention: AttentionArrays, rows: Mapping[str, np.ndarray], domain_code: np.ndarray, domains: Sequence[str]
+) -> xr.Dataset:
+    """``/attention``; what a query's token is stands in the rows of ``/routing``."""
+    own = attention.rows
+    # Both are sorted by sample and position, so that one number orders them.
+    place = np.uint64(2**32) * rows["sample"] + rows["position"]
+    found = np.searchsorted(
+        place, np.uint64(2**32) * own["sample"].astype(np.uint64) + own["position"].astype(np.uint64)
+    )
+    shared = {name: rows[name][found] for name in ("token_id", "phase", "next_token_loss") if name in rows}
+    coords: dict[str, Any] = {"domain": domain_code[own["sample"]], "head": np.arange(attention.n_heads)}
+    if attention.segments:
+        coords["segment"] = attention.segments
+    if attention.offsets:
+        coords["offset"] = attention.offsets
+    group = schema.dataset(
+        "attention",
+        {**own, **shared, **coords, **_layer_coords(attention.layers, attention.rope)},
+        categories=LAYER_CATEGORIES | {"domain": domains, "phase": schema.PHASES},
+    )
+    return group.assign_attrs(attention.attributes)
+
+
+def _profiles(attention: AttentionArrays, domain_code: np.ndarray, domains: Sequence[str]) -> xr.Dataset:
+    """``/attention_profiles``."""
+    coords = {"domain": domain_code[attention.profiles["sample_id"]], "head": np.arange(attention.n_heads)}
+    group = schema.dataset(
+        "attention_profiles",
+        {**attention.profiles, **coords, **_layer_coords(attention.layers, attention.rope)},
+        categories=LAYER_CATEGORIES | {"domain": domains},
+    )
+    return group.assign_attrs(attention.attributes)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probe import schema
+from probe.attention_interface import AttentionSpan
 
 LOSS_TILE = 1024
 """Tokens whose logits over the whole vocabulary are held at once."""
@@ -112,6 +113,8 @@ def real_tokens(attention_mask: Any, token_ids: Tensor, n_past: int) -> Tensor:
     """Which of the new positions (B, n) are tokens and not padding."""
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask["full_attention"]
+    if isinstance(attention_mask, AttentionSpan):
+        attention_mask = attention_mask.is_token
     if attention_mask is None:
         return torch.ones(token_ids.shape, dtype=torch.bool, device=token_ids.device)
     n_new = token_ids.shape[1]

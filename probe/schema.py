@@ -83,6 +83,7 @@ SAMPLES = {
     "domain": Variable(("sample",), ("str",), "domain of the sample"),
     "n_tokens": Variable(("sample",), ("uint32",), "recorded tokens", "token"),
     "n_cut": Variable(("sample",), ("uint32",), "tokens over the limit, not recorded", "token"),
+    "n_queries": Variable(("sample",), ("uint32",), "recorded queries in /attention", "token", required=False),
     "row_offset": Variable(("sample",), ("uint64",), "first row in /routing", "token"),
     "text_sha256": Variable(
         ("sample",), ("str",), "SHA-256 of the text in UTF-8, or of the token ids as little-endian u4"
@@ -119,6 +120,98 @@ equal. Where a gate scales the output instead the contribution is g·E(x), and t
 ``output_max`` is NaN where a sample sent the expert no token.
 """
 
+_PER_HEAD = ("query", "layer", "head")
+
+
+def _mass(where: str) -> Variable:
+    return Variable(_PER_HEAD, ("float32",), f"attention mass on {where}", required=False)
+
+
+ATTENTION = {
+    "entropy": Variable(_PER_HEAD, ("float32",), "entropy of the attention over visible keys", "nat", required=False),
+    "sink_mass": _mass("the sample's first token"),
+    "self_mass": _mass("the query's own token"),
+    "previous_mass": _mass("the token before the query"),
+    "chunk_mass": _mass("keys in the query's own chunk"),
+    "far_mass": _mass("keys before the query's own chunk"),
+    "mean_distance": Variable(
+        _PER_HEAD, ("float32",), "mean distance to the keys attended to", "token", required=False
+    ),
+    "segment_mass": Variable((*_PER_HEAD, "segment"), ("float32",), "attention mass on the segment", required=False),
+    "key_rank": Variable(
+        (*_PER_HEAD, "segment"), ("float32",), "visible keys heavier than every key of the segment", required=False
+    ),
+    "offset_mass": Variable((*_PER_HEAD, "offset"), ("float32",), "weight of the key so far back", required=False),
+    "top_key": Variable((*_PER_HEAD, "slot"), ("float32",), "position of the heaviest keys", required=False),
+    "top_weight": Variable((*_PER_HEAD, "slot"), ("float32",), "weight of the heaviest keys", required=False),
+    "next_token_loss": Variable(("query",), ("float32",), "cross entropy of the next token", "nat", required=False),
+    "sample": Variable(("query",), ("uint32",), "index into /samples", coord=True),
+    "position": Variable(("query",), ("uint32",), "position in the sample, from 0", coord=True),
+    "token_id": Variable(("query",), ("uint32",), "id in the tokenizer's vocabulary", coord=True),
+    "domain": Variable(("query",), CODE, "domain of the sample", coord=True),
+    "phase": Variable(("query",), CODE, "prefill or decode", coord=True),
+    "layer": ROUTING["layer"],
+    "attention_kind": ROUTING["attention_kind"],
+    "head": Variable(("head",), ("int64",), "attention head", coord=True),
+    "segment": Variable(("segment",), ("str",), "named stretch of the sample", coord=True, required=False),
+    "offset": Variable(("offset",), ("int64",), "distance from query back to key", "token", coord=True, required=False),
+}
+"""One row for each recorded query, every layer that was asked for, dense or not; see :data:`ATTENTION_ATTRIBUTES`.
+
+A key that is in the sample but hidden from the query (another chunk, or later) has weight 0. NaN is what does not
+exist: ``previous_mass`` and ``offset_mass`` where the sample has no key so far back, ``key_rank`` where no key of the
+segment is visible, ``top_key`` where fewer keys are visible than there are slots.
+"""
+
+_PER_PROFILE = ("profile", "layer", "head")
+_MAP = (*_PER_PROFILE, "query_bin", "key_bin")
+
+ATTENTION_PROFILES = {
+    "distance_mass": Variable(
+        (*_PER_PROFILE, "distance_bin"), ("float32",), "mean attention mass by distance", required=False
+    ),
+    "distance_error": Variable(
+        (*_PER_PROFILE, "distance_bin"),
+        ("float32",),
+        "standard error of distance_mass from recording only some of the queries",
+        required=False,
+    ),
+    "received_mass": Variable(
+        (*_PER_PROFILE, "key_bin"), ("float32",), "mean attention mass by the key's place", required=False
+    ),
+    "map_max": Variable(_MAP, ("float32",), "largest weight in the cell", required=False),
+    "map_sum": Variable(_MAP, ("float32",), "sum of the weights in the cell", required=False),
+    "pattern": Variable(
+        (*_PER_PROFILE, "query_position", "key_position"), ("float32",), "attention weight", required=False
+    ),
+    "n_tokens": Variable(("profile",), ("uint32",), "tokens of the sample", "token"),
+    "n_queries": Variable(("profile",), ("uint32",), "recorded queries of the sample", "token"),
+    "bin_width": Variable(("profile",), ("uint32",), "tokens in one query_bin or key_bin", "token", required=False),
+    "sample_id": Variable(("profile",), ("uint32",), "index into /samples", coord=True),
+    "domain": Variable(("profile",), CODE, "domain of the sample", coord=True),
+    "layer": ROUTING["layer"],
+    "attention_kind": ROUTING["attention_kind"],
+    "head": ATTENTION["head"],
+    "distance_bin": Variable(
+        ("distance_bin",),
+        ("int64",),
+        "smallest distance in the bin: 0, 1, 2, 4, …",
+        "token",
+        coord=True,
+        required=False,
+    ),
+}
+"""One profile for each sample that has a recorded query; means are over those queries.
+
+Distance bins hold the distances 0, 1, 2–3, 4–7, …; query and key bins hold ``bin_width`` tokens each, a power of two.
+NaN is what the queries cannot see or the sample does not have: map cells without a visible key, bins and positions
+beyond its end, distances that no recorded query reaches.
+"""
+
+ATTENTION_ATTRIBUTES = ("chunk_size", "queries", "seed")
+"""Attributes of both groups: the tokens in one chunk of a RoPE layer; how many queries of each text were asked for, 0
+for all; and the seed that drew them."""
+
 VOCABULARY = {
     "token_id": Variable(("entry",), ("uint32",), "id in the tokenizer's vocabulary"),
     "piece": Variable(("entry",), ("str",), "bytes of the token, one character U+0000 to U+00FF for each byte"),
@@ -129,9 +222,15 @@ GROUPS: dict[str, dict[str, Variable]] = {
     "samples": SAMPLES,
     "vocabulary": VOCABULARY,
     "experts": EXPERTS,
+    "attention": ATTENTION,
+    "attention_profiles": ATTENTION_PROFILES,
 }
 
-OPTIONAL_GROUPS = {"experts": "record(…, routing=RoutingSpec(expert_outputs=True))"}
+OPTIONAL_GROUPS = {
+    "experts": "record(…, routing=RoutingSpec(expert_outputs=True))",
+    "attention": "record(…, attention=AttentionSpec())",
+    "attention_profiles": "record(…, attention=AttentionSpec())",
+}
 """Groups that a recording holds only where it was asked for them, and how to ask."""
 
 ROOT_ATTRIBUTES = (
@@ -319,6 +418,8 @@ def _consistency_faults(recording: xr.DataTree) -> list[str]:
         faults.append("/samples/expert_count does not agree with /routing/expert_index")
     if "experts" in recording.children:
         faults += _expert_faults(recording["experts"].to_dataset(), samples)
+    if "attention" in recording.children or "attention_profiles" in recording.children:
+        faults += _attention_faults(recording, n_tokens)
     known = recording["vocabulary"].to_dataset()["token_id"].values
     if missing := np.setdiff1d(routing["token_id"].values, known).tolist():
         faults.append(f"/vocabulary lacks token ids {missing[:5]}")
@@ -339,6 +440,34 @@ def _expert_faults(experts: xr.Dataset, samples: xr.Dataset) -> list[str]:
     undefined = unused | np.isnan(experts["output_norm_sum"].values)
     if not np.array_equal(np.isnan(experts["output_max"].values), undefined):
         faults.append("/experts/output_max is not NaN exactly where /samples/expert_count is 0")
+    return faults
+
+
+def _attention_faults(recording: xr.DataTree, n_tokens: np.ndarray) -> list[str]:
+    """Where ``/attention`` and ``/attention_profiles`` do not fit ``/samples``, or each other."""
+    if missing := [name for name in ("attention", "attention_profiles") if name not in recording.children]:
+        return [f"group /{missing[0]} is missing, but its sister is there"]
+    attention, profiles = recording["attention"].to_dataset(), recording["attention_profiles"].to_dataset()
+    faults = [
+        f"/{name} has no attribute {attribute!r}"
+        for name, data in (("attention", attention), ("attention_profiles", profiles))
+        for attribute in ATTENTION_ATTRIBUTES
+        if attribute not in data.attrs
+    ]
+    sample, position = attention["sample"].values.astype(np.int64), attention["position"].values.astype(np.int64)
+    if len(sample) and sample.max() >= len(n_tokens):
+        return [*faults, f"/attention holds sample {sample.max()}, but /samples ends at {len(n_tokens) - 1}"]
+    n_queries = np.bincount(sample, minlength=len(n_tokens))
+    recorded = recording["samples"].to_dataset().get("n_queries")
+    if recorded is None or not np.array_equal(recorded.values, n_queries):
+        faults.append("/samples/n_queries does not agree with /attention: the store is truncated")
+    if ((np.diff(sample) < 0) | ((np.diff(sample) == 0) & (np.diff(position) <= 0))).any():
+        faults.append("/attention is not sorted by sample and position")
+    profiled = profiles["sample_id"].values
+    if not np.array_equal(profiled, np.flatnonzero(n_queries)):
+        faults.append("/attention_profiles/sample_id does not name the samples in /attention")
+    elif not np.array_equal(profiles["n_queries"].values, n_queries[profiled]):
+        faults.append("/attention_profiles/n_queries does not agree with /attention")
     return faults
 
 

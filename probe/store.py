@@ -69,32 +69,45 @@ def open(path: str | Path) -> xr.DataTree:  # noqa: A001 - the public name is pr
     return recording
 
 
-def _chunked(recording: xr.DataTree) -> tuple[xr.DataTree, dict[str, dict[str, dict[str, tuple[int, ...]]]]]:
-    """The recording, and how each variable of ``/routing`` is cut: one layer a chunk, in the blocks that are read."""
-    routing = recording["routing"].to_dataset()
-    of_dim = {"token": schema.ROWS_AT_ONCE, "layer": 1}
+Chunks = dict[str, dict[str, tuple[int, ...]]]
+"""Shape of the chunks of each variable, as ``to_zarr`` wants it: {variable: {"chunks": shape}}."""
+
+ROW_DIMS = {"routing": "token", "attention": "query"}
+"""The dim along which a group has a row for each token."""
+
+
+def _chunked(recording: xr.DataTree) -> tuple[xr.DataTree, dict[str, Chunks]]:
+    """The recording, and how variables with a row for each token are cut: one layer a chunk, in the blocks read."""
+    recording, encoding = recording.copy(), {}
+    for name, rows in ROW_DIMS.items():
+        if name in recording.children:
+            group, encoding[f"/{name}"] = _chunked_group(recording[name].to_dataset(), rows)
+            recording[name] = xr.DataTree(group)
+    return recording, encoding
+
+
+def _chunked_group(group: xr.Dataset, rows: str) -> tuple[xr.Dataset, Chunks]:
+    of_dim = {rows: schema.ROWS_AT_ONCE, "layer": 1}
     encoding = {
         str(name): {"chunks": tuple(max(min(of_dim.get(str(dim), n), n), 1) for dim, n in variable.sizes.items())}
-        for name, variable in routing.variables.items()
-        if "token" in variable.dims
+        for name, variable in group.variables.items()
+        if rows in variable.dims
     }
-    if any(routing[name].chunks for name in encoding):
+    if any(group[name].chunks for name in encoding):
         # What was read from a store may be cut in another way.
-        names = {dim: of_dim.get(str(dim), -1) for dim in routing.dims}
-        anew = {name: routing[name].variable.chunk({d: names[d] for d in routing[name].dims}) for name in encoding}
-        recording = recording.copy()
-        recording["routing"] = xr.DataTree(
-            routing.assign({name: anew[name] for name in anew if name in routing.data_vars}).assign_coords(
-                {name: anew[name] for name in anew if name in routing.coords}
-            )
+        names = {dim: of_dim.get(str(dim), -1) for dim in group.dims}
+        anew = {name: group[name].variable.chunk({d: names[d] for d in group[name].dims}) for name in encoding}
+        group = group.assign({name: anew[name] for name in anew if name in group.data_vars}).assign_coords(
+            {name: anew[name] for name in anew if name in group.coords}
         )
-    return recording, {"/routing": encoding}
+    return group, encoding
 
 
 def _with_labels(group: xr.Dataset) -> xr.Dataset:
-    """The group with the coords that label its dims in memory, all but those of tokens."""
+    """The group with the coords that label its dims in memory, all but those with a row for each token."""
+    of_rows = set(ROW_DIMS.values())
     return group.assign_coords(
-        {name: coord.compute() for name, coord in group.coords.items() if "token" not in coord.dims}
+        {name: coord.compute() for name, coord in group.coords.items() if not of_rows & set(coord.dims)}
     )
 
 

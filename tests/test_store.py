@@ -10,7 +10,7 @@ import xarray as xr
 import zarr
 
 import probe
-from probe import schema
+from probe import AttentionSpec, schema
 from probe.hooks import RoutingSpec
 from probe.store import StoreError
 from tests.planted import from_logits
@@ -20,8 +20,16 @@ from tests.random_models import random_ids, random_model
 @pytest.fixture
 def trace():
     everything = RoutingSpec(all_logits=True, next_token_loss=True, expert_outputs=True)
+    attention = AttentionSpec(
+        (*AttentionSpec("all").statistics, "pattern"), segments={"<s>": (0, 3)}, offsets=[1], queries=5
+    )
     return probe.record(
-        random_model(), random_ids(9, 0, 4), domains=["a b", "<c>", "ü"], routing=everything, progress=False
+        random_model(),
+        random_ids(9, 0, 4),
+        domains=["a b", "<c>", "ü"],
+        routing=everything,
+        attention=attention,
+        progress=False,
     )
 
 
