@@ -13,6 +13,7 @@ repeated.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -143,7 +144,8 @@ def _reduce_heads(attending: Attending, wanted: Wanted, key_heads: slice, shared
     query = attending.query[query_heads].float() * (attending.scaling / math.log(2))
     reduced, totals, scratch = Reduced(), _Totals(attending, wanted, len(query)), _Scratch(query)
     rows: list[dict[str, Tensor]] = []
-    n_rows = max(TILE_QUERIES, _tile_weights(query.device) // (TILE_KEYS * len(query)))
+    tile_keys = min(keys.shape[1], TILE_KEYS)
+    n_rows = max(TILE_QUERIES, _tile_weights(query.device) // (tile_keys * len(query)))
     for tile in query_tiles(attending.position, attending.first, n_rows):
         strip = _Strip(attending, query[:, tile], keys, tile, query_heads, shared, block, scratch)
         rows.append(_reduce_strip(strip, wanted, totals))
@@ -218,13 +220,15 @@ class _Strip:
         else:
             self.query[..., -1] = attending.log_sum_exp[heads, tile].unflatten(0, self.shape[:2]) / -math.log(2)
 
-    def weights(self) -> Iterator[tuple[int, int, Tensor]]:
+    def weights(self, earliest: int = 0, latest: int = sys.maxsize) -> Iterator[tuple[int, int, Tensor]]:
         """Log2 weights (K, G, t, keys) of one tile of keys after the other, with where it starts and where it ends.
 
-        Every tile overwrites the one before.
+        Only tiles that reach into ``earliest`` to ``latest``; every tile overwrites the one before.
         """
         for start in range(self.begin, self.end, TILE_KEYS):
             stop = min(start + TILE_KEYS, self.end)
+            if stop <= earliest or start >= latest:
+                continue
             log_weight = self._log_weights(self.keys[:, start:stop])
             if stop - 1 > self._earliest_position or start < self._latest_first:
                 place = torch.arange(start, stop, device=log_weight.device)
@@ -381,10 +385,12 @@ def _segments(strip: _Strip, wanted: Wanted, blocks: _Blocks) -> dict[str, Tenso
 def _key_rank(strip: _Strip, segments: list[list[int]]) -> Tensor:
     """How many visible keys are heavier than each segment's heaviest, (K, G, t, segment); NaN where it is hidden."""
     heaviest = strip.query.new_full((*strip.shape, len(segments)), HIDDEN)
-    for start, stop, log_weight in strip.weights():
+    earliest, latest = min(low for low, _ in segments), max(high for _, high in segments)
+    for start, stop, log_weight in strip.weights(earliest, latest):
         for index, (low, high) in enumerate(segments):
-            if (own := log_weight[..., max(low - start, 0) : max(min(high, stop) - start, 0)]).shape[-1]:
-                torch.maximum(heaviest[..., index], own.amax(dim=-1), out=heaviest[..., index])
+            own = log_weight[..., max(low - start, 0) : max(min(high, stop) - start, 0)]
+            if own.shape[-1]:
+                heaviest[..., index] = heaviest[..., index].maximum(own.amax(dim=-1))
     rank = torch.zeros_like(heaviest)
     for _, _, log_weight in strip.weights():
         for index in range(len(segments)):
