@@ -426,7 +426,9 @@ class AttentionRecord:
             arrays["bin_width"] = np.array([profile.bin_width for profile in profiles])
         if "distance_mass" in arrays:
             arrays["distance_bin"] = np.array(tiling.distance_bins(max(profile.n_positions for profile in profiles)))
-            arrays["distance_bin"] = arrays["distance_bin"][: arrays["distance_mass"].shape[-1]]
+            for name in ("distance_mass", "distance_error"):
+                shape = (*arrays[name].shape[:-1], len(arrays["distance_bin"]))
+                arrays[name] = _padded(arrays[name], shape, np.nan)
         return arrays
 
     def _means(self, profile: _Profile, n_queries: int) -> dict[str, np.ndarray]:

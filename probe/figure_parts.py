@@ -1,8 +1,8 @@
-"""What the figures share: fonts and colours, the axis of layers, the colours of ratios, grids of panels."""
+"""What all figures share: fonts, colours and title, the axis of layers, the colours of ratios, grids of panels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,11 @@ NUMBERED_EXPERTS = 16
 DOTTED_EXPERTS = 32
 """With more experts a cell is too narrow for a dot: one that cannot be told from 1 has the colour of 1 instead."""
 
+LABELLED_LAYERS = 24
+"""With more layers there is no room for a label at each."""
+
 PANEL_HEAD = 28
+TITLE_ROOM = 36
 COLORBAR = 200
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
@@ -81,21 +85,32 @@ def limit(log_ratio: np.ndarray) -> int:
 
 
 def colour_ratios(figure: go.Figure, log_ratio: np.ndarray, title: str) -> None:
-    """Give all heatmaps of a figure one symmetric colour scale; its ends say where something lies beyond.
-
-    The figure's height must be set. ``layout.meta`` keeps the scales for a light and for a dark page.
-    """
+    """Give all heatmaps of a figure one symmetric colour scale; its ends say where something lies beyond."""
     end = limit(log_ratio)
     ticks = range(-end, end + 1)
     names = [f"{2**tick} ×" if tick >= 0 else f"1/{2**-tick} ×" for tick in ticks]
     finite = log_ratio[np.isfinite(log_ratio)]
     names[0] = "≤ " * bool((finite < -end).any()) + names[0]
     names[-1] = "≥ " * bool((finite > end).any()) + names[-1]
+    named_ticks = dict(zip(ticks, names, strict=True))
+    colour_axis(figure, limits=(-end, end), colours=DIVERGING, title=title, ticks=named_ticks)
+
+
+def colour_axis(
+    figure: go.Figure,
+    *,
+    limits: tuple[float, float],
+    colours: Mapping[str, Sequence[str]],
+    title: str,
+    ticks: Mapping[int, str] | None = None,
+) -> None:
+    """Give all heatmaps of a figure one colour scale, its bar right of the figure.
+
+    The figure's height must be set. ``layout.meta`` keeps the ``colours`` for a light and for a dark page.
+    """
     inner = figure.layout.height - PANEL_HEAD - TEMPLATE.layout.margin.b
     colorbar = {
         "title": {"text": title, "side": "top"},
-        "tickvals": list(ticks),
-        "ticktext": names,
         "thickness": 11,
         "outlinewidth": 0,
         "len": min(COLORBAR / inner, 1),
@@ -105,8 +120,10 @@ def colour_ratios(figure: go.Figure, log_ratio: np.ndarray, title: str) -> None:
         "xpad": 4,
         "ypad": 0,
     }
-    scale = {"cmin": -end, "cmax": end, "colorscale": DIVERGING["light"], "colorbar": colorbar}
-    figure.update_layout(coloraxis=scale, meta={"colorscale": DIVERGING})
+    if ticks is not None:
+        colorbar |= {"tickvals": list(ticks), "ticktext": list(ticks.values())}
+    scale = {"cmin": limits[0], "cmax": limits[1], "colorscale": colours["light"], "colorbar": colorbar}
+    figure.update_layout(coloraxis=scale, meta={"colorscale": colours})
 
 
 def cell_text(ratio: np.ndarray, settled: np.ndarray, *, unused: np.ndarray, numbered: bool) -> np.ndarray:
@@ -193,18 +210,40 @@ def layer_cells(data: xr.Dataset, z: np.ndarray, text: np.ndarray, customdata: n
     }
 
 
+def layer_ticks(layers: np.ndarray, kinds: np.ndarray, *, most: int = LABELLED_LAYERS) -> tuple[list[int], list[str]]:
+    """Places of the layers that an axis labels, and their labels.
+
+    Of more than ``most`` layers it labels some, evenly spaced, that stay clear of NoPE layers: each of those keeps its
+    sign, and its number too unless there are more than ``most`` of them.
+    """
+    nope, place = kinds == "nope", np.arange(len(layers))
+    step, step_of_numbers = (max(-(-int(count) // most), 1) for count in (len(layers), nope.sum()))
+    beside_nope = np.abs(place[:, None] - place[nope]).min(axis=1, initial=len(layers)) < step
+    shown = np.flatnonzero(nope | (place % step == 0) & ~beside_nope)
+    unnumbered = nope & (np.cumsum(nope) % step_of_numbers != 1 % step_of_numbers)
+    labels = [NOPE_SIGN if unnumbered[at] else layer_label(int(layers[at]), bool(nope[at])) for at in shown]
+    return shown.tolist(), labels
+
+
 def layer_axis(figure: go.Figure, data: xr.Dataset) -> None:
     """Put layers on y at their own index, 0 at the bottom; labels thin out where they would touch."""
-    layers, kinds = data["layer"].values, attention_kinds(data)
-    every = -(-len(layers) // 24)
-    labels = [layer_label(int(layer), kind == "nope") for layer, kind in zip(layers, kinds, strict=True)]
-    figure.update_yaxes(range=[-0.5, int(layers.max()) + 0.5], tickvals=layers[::every], ticktext=labels[::every])
+    layers = data["layer"].values
+    shown, labels = layer_ticks(layers, attention_kinds(data))
+    figure.update_yaxes(range=[-0.5, int(layers.max()) + 0.5], tickvals=layers[shown], ticktext=labels)
 
 
-def layer_title(data: xr.Dataset) -> str:
-    """Name of the axis of layers, with what the sign and the gaps on it mean."""
+def layer_title(data: xr.Dataset, *, has_routers: bool = True) -> str:
+    """Name of the axis of layers, with what the sign and the gaps on it mean.
+
+    Layers with routers that stand as a Llama 4 config places them, such as every second one, have dense layers between
+    them. Of others, and where ``has_routers`` is false, all that is known is that the missing ones were not recorded.
+    """
+    layers, n_layers = data["layer"].values, len(all_layers(data))
     notes = [f"{NOPE_SIGN} NoPE"] * bool((attention_kinds(data) == "nope").any())
-    notes += ["gap: dense"] * (data.sizes["layer"] < len(all_layers(data)))
+    if len(layers) < n_layers:
+        step = int(layers.min()) + 1  # the first layer with a router is the last of the first step
+        is_regular = len(layers) > 1 and np.array_equal(np.sort(layers), np.arange(step - 1, n_layers, step))
+        notes.append("gap: dense" if has_routers and is_regular else "gap: not recorded")
     return f"layer ({', '.join(notes)})" if notes else "layer"
 
 
@@ -284,7 +323,16 @@ def switch(*choices: tuple[str, dict[str, Any], dict[str, Any]]) -> list[dict[st
 
 
 def finish(figure: go.Figure, title: str, *, height: int, top: int) -> go.Figure:
-    """Template, title and size; ``top`` is the room in pixels over the plot, and a title adds its own."""
-    extra = 36 if title else 0
-    figure.update_layout(template=TEMPLATE, height=height + extra, margin_t=top + extra)
-    return figure.update_layout(title_text=title) if title else figure
+    """Template, title and size; ``top`` is the room in pixels over the plot, and a title adds its own.
+
+    The title stands at the very top and the legend below it, so that neither covers the other or the plot, however
+    narrow the page is.
+    """
+    room = TITLE_ROOM if title else 0
+    height += room
+    legend = {"y": 1 - room / height, "yref": "container", "yanchor": "top"}
+    figure.update_layout(template=TEMPLATE, height=height, margin_t=top + room, legend=legend)
+    if title:
+        middle = 1 - TITLE_ROOM / 2 / height
+        figure.update_layout(title={"text": title, "y": middle, "yref": "container", "yanchor": "middle"})
+    return figure

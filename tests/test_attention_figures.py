@@ -234,6 +234,50 @@ def test_similarity_of_one_head_has_no_lines_and_undefined_stays_undefined():
         figures.head_similarity(alone.drop_vars("layer"))
 
 
+def test_many_heads_are_drawn_in_whole_per_cents():
+    for n_heads in (100, 101):  # in each of two layers
+        data = similarity(n_heads=n_heads)
+        figure = figures.head_similarity(data)
+        cells, end = the_heatmap(figure), figure.layout.coloraxis.cmax
+        assert (cells.z.dtype, end) == ((np.float32, 1) if n_heads == 100 else (np.int8, 100))
+        np.testing.assert_allclose(np.asarray(cells.z, float) / end, data, atol=0.005 if end == 100 else 1e-6)
+        assert cells.x[n_heads + 7] == "layer 3, head 7"
+        assert cells.customdata is None and cells.text is None
+    undefined = data.copy()
+    undefined[5], undefined[:, 5] = np.nan, np.nan
+    z = the_heatmap(figures.head_similarity(undefined)).z
+    np.testing.assert_array_equal(np.isnan(z), np.isnan(undefined))
+    np.testing.assert_allclose(z / 100, undefined, atol=0.0051)
+
+
+@pytest.mark.parametrize("is_defined", [True, False])
+def test_cells_of_more_heads_than_pixels_are_means_over_neighbours_in_a_layer(is_defined):
+    layers, n_heads = range(48), 40
+    data = similarity(layers=layers, n_heads=n_heads)
+    if not is_defined:
+        data[0], data[:, 0] = np.nan, np.nan
+    figure = figures.head_similarity(data)
+    cells, width = the_heatmap(figure), 2 if is_defined else 4
+    assert len(figure.to_json()) < 2_000_000
+    assert np.shape(cells.z) == (len(layers) * n_heads // width,) * 2
+    assert cells.y[n_heads // width + 1] == f"layer 1, heads {width}–{2 * width - 1}"
+    pooled = data.values.reshape(len(data) // width, width, len(data) // width, width)
+    np.testing.assert_allclose(np.asarray(cells.z, float) / 100, np.nanmean(pooled, axis=(1, 3)), atol=0.0051)
+    assert figure.layout.xaxis.title.text == f"heads by layer (◇ NoPE, {width} heads to a cell)"
+    assert lines_at(figure) == [at * n_heads / width - 0.5 for at in layers[1:]]
+    assert figure.layout.xaxis.ticktext == ("0", *(f"{layer} ◇" for layer in layers[3::4]))
+    assert figure.layout.xaxis.tickvals[1] == 3.5 * n_heads / width - 0.5
+
+
+def test_no_cell_of_several_heads_holds_those_of_two_layers():
+    cells = the_heatmap(figures.head_similarity(similarity(layers=range(50), n_heads=25)))
+    assert [name for name in cells.x if name.startswith("layer 7,")] == [
+        *(f"layer 7, heads {head}–{head + 1}" for head in range(0, 24, 2)),
+        "layer 7, head 24",
+    ]
+    assert len(cells.x) == len(cells.z) == 50 * 13
+
+
 def test_statistics_of_heads_are_drawn_as_they_come(tree):
     mean = attention_maps.head_mean(tree, "entropy")
     figure = figures.head_grid(mean)
@@ -404,8 +448,10 @@ def test_chunks_of_one_token_and_odd_bins_are_drawn():
 
 def test_results_by_position_are_drawn_as_they_come(tree):
     profile = attention_maps.position_profile(tree, "entropy")
-    line = named(figures.entropy_by_position(profile, chunk_size=4), "NoPE layers ◇")
-    np.testing.assert_allclose(line.y, profile["mean"].sel(attention_kind="nope"))
+    figure = figures.entropy_by_position(profile)
+    np.testing.assert_allclose(named(figure, "NoPE layers ◇").y, profile["mean"].sel(attention_kind="nope"))
+    assert lines_at(figure) == [3.5, 7.5, 11.5]  # the profile says how long a chunk is
+    assert lines_at(figures.entropy_by_position(profile, chunk_size=6)) == [5.5, 11.5]
     result = attention_maps.chunk_reach(tree)
     rope = [trace for trace in figures.chunk_reach(result).data if trace.name == "RoPE layers"][0]
     np.testing.assert_allclose(sorted(np.asarray(rope.y)[np.isfinite(rope.x)]), [1, 2, 3, 4])
@@ -744,6 +790,7 @@ def test_every_figure_shares_template_takes_a_title_and_survives_json(tree):
         assert draw(data, title="", **options).layout.title.text is None
         assert draw(data, **options).layout.title.text
         assert figure.layout.height > 100
+        assert figure.layout.legend.y * figure.layout.height == pytest.approx(figure.layout.height - 36)
         assert json.loads(figure.to_json())["data"]
 
 

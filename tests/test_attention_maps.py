@@ -201,6 +201,7 @@ def test_position_profile_by_hand():
     result = attention_maps.position_profile(planted({"entropy": values}, positions=[range(7)]), "entropy", n_bins=3)
     assert result["position_bin"].values.tolist() == [0, 3, 6]
     assert result["bin_stop"].values.tolist() == [3, 6, 7]
+    assert result.attrs == {"level": 0.95, "statistic": "entropy", "chunk_size": 4}
     close(result["mean"].sel(attention_kind="rope"), [1, 4, 6])
     close(result["mean"].sel(attention_kind="nope"), [10, 10, 10])
 

@@ -48,6 +48,47 @@ def test_dense_layers_are_gaps_and_nope_layers_carry_their_sign():
     assert figure.layout.yaxis.title.text == "layer (◇ NoPE, gap: dense)"
 
 
+@pytest.mark.parametrize(
+    ("layers", "has_routers", "gap"),
+    [
+        ([1, 3, 5, 7], True, "dense"),
+        ([3, 7, 11], True, "dense"),
+        ([0, 1, 2], True, None),
+        ([0, 2, 4], True, "not recorded"),  # every second layer of Llama 4 would begin at 1
+        ([1, 3, 7], True, "not recorded"),
+        ([5], True, "not recorded"),
+        ([1, 3, 5, 7], False, "not recorded"),  # attention is in dense layers too
+    ],
+)
+def test_a_gap_is_called_dense_only_between_layers_with_routers_that_stand_as_in_llama_4(layers, has_routers, gap):
+    result = routing_stats.imbalance(recorded(layers=layers))
+    title = figure_parts.layer_title(result, has_routers=has_routers)
+    assert title.endswith(f"gap: {gap})") if gap else "gap" not in title
+    assert ("◇ NoPE" in title) == any(layer % 4 == 3 for layer in layers)
+
+
+def ticks(n_layers, nope, **options):
+    kinds = np.array(["nope" if layer in nope else "rope" for layer in range(n_layers)])
+    return figure_parts.layer_ticks(np.arange(n_layers), kinds, **options)
+
+
+def test_labels_of_layers_thin_out_but_every_nope_layer_keeps_its_sign():
+    assert ticks(3, [2]) == ([0, 1, 2], ["0", "1", "2 ◇"])
+    shown, labels = ticks(48, range(3, 48, 4))
+    assert shown == [0, *range(3, 48, 4)] and labels == ["0", *(f"{layer} ◇" for layer in range(3, 48, 4))]
+    assert ticks(30, [])[0] == list(range(0, 30, 2))
+    assert ticks(9, [4], most=5) == ([0, 2, 4, 6, 8], ["0", "2", "4 ◇", "6", "8"])
+    assert ticks(9, [3], most=5) == ([0, 3, 6, 8], ["0", "3 ◇", "6", "8"])  # 2 and 4 would touch it
+    assert ticks(6, range(6), most=3) == (list(range(6)), ["0 ◇", "◇", "2 ◇", "◇", "4 ◇", "◇"])
+    assert ticks(1, [0]) == ([0], ["0 ◇"])
+
+
+def test_a_deep_models_axis_names_its_nope_layers():
+    figure = figures.imbalance(routing_stats.imbalance(recorded(layers=range(48))))
+    assert figure.layout.yaxis.ticktext == ("0", *(f"{layer} ◇" for layer in range(3, 48, 4)))
+    assert list(figure.layout.yaxis.tickvals) == [0, *range(3, 48, 4)]
+
+
 def test_hover_gives_the_value_with_its_interval_and_bounds_an_unused_expert():
     chosen = np.array([[0], [0], [0], [1]] * 15)
     tree = planted.from_experts(chosen, n_experts=3, lengths=[10] * 6)
@@ -225,7 +266,13 @@ def test_every_figure_shares_template_and_takes_a_title():
         figure = draw(statistic(tree), title="What one sees")
         assert figure.layout.title.text == "What one sees"
         assert figure.layout.template.layout.font == figures.TEMPLATE.layout.font
-        assert draw(statistic(tree), title="").layout.title.text is None
+        untitled = draw(statistic(tree), title="")
+        assert untitled.layout.title.text is None
+        assert (untitled.layout.legend.y, untitled.layout.legend.yref) == (1, "container")
+        height = figure.layout.height
+        assert height - untitled.layout.height == figure_parts.TITLE_ROOM
+        below, middle = (height - part.y * height for part in (figure.layout.legend, figure.layout.title))
+        assert (below, middle) == pytest.approx((figure_parts.TITLE_ROOM, figure_parts.TITLE_ROOM / 2))
 
 
 @pytest.mark.parametrize(

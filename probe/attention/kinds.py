@@ -106,12 +106,12 @@ def position_profile(attention: Attention, statistic: str, *, n_bins: int = 32, 
     -------
     Dataset (attention_kind, position_bin, …) of ``mean``, ``lower``, ``upper``, in the statistic's units, and
     ``n_documents``. ``position_bin`` is the bin's first position, ``bin_stop`` the one after its last. NaN for a kind
-    without a layer and a bin without a recorded query.
+    without a layer and a bin without a recorded query. The attribute ``chunk_size`` is that of the recording.
 
     Raises
     ------
     SchemaError
-        If the variable is missing; says how to record it.
+        If the variable is missing, with how to record it, or the group's attribute ``chunk_size``.
     ProbeError
         For fewer than one bin, a level outside (0, 1), or a statistic that there is not.
 
@@ -124,14 +124,14 @@ def position_profile(attention: Attention, statistic: str, *, n_bins: int = 32, 
     interval = MeanInterval(level, statistic)
     _require_bins(n_bins)
     data = queries_of(attention)
-    variable = statistic_of(data, statistic)
+    variable, chunk_size = statistic_of(data, statistic), attribute(data, "chunk_size")
     position = data["position"].values.astype(np.int64)
     width, bin_coords = _bins("position_bin", int(position.max(initial=-1)) + 1, n_bins, "first position in the bin")
     cells = cells_of(data, group=position // width, n_groups=bin_coords["position_bin"].size)
     estimate = interval.by_group(cells, kind_means(data, variable, cells))
     dims = ("position_bin", "attention_kind", *map(str, variable.dims[3:]))
     result = interval_dataset(data, dims, estimate, interval, coords=bin_coords | kind_coord())
-    return result.transpose("attention_kind", "position_bin", ...)
+    return result.transpose("attention_kind", "position_bin", ...).assign_attrs(chunk_size=chunk_size)
 
 
 def chunk_reach(
