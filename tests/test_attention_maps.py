@@ -207,19 +207,24 @@ def test_position_profile_by_hand():
 
 
 def test_chunk_reach_by_hand():
-    """Chunk 4, ten tokens: positions 4 to 9 are used; where a chunk starts, at 4 and 8, RoPE sees 1, NoPE 5 and 9."""
+    """Chunk 4, ten tokens: borders at 4 and 8. After them stand 4, 5, 8, 9, before them 2, 3, 6, 7."""
     values = same([0], n_queries=10, n_heads=1) + np.arange(10)[:, None, None]
     data = planted({"entropy": values}, positions=[range(10)], next_token_loss=np.arange(10) * 2)
     result = attention_maps.chunk_reach(data)
     assert result["chunk_position"].values.tolist() == [0, 1, 2, 3]
     close(result["reach"].sel(attention_kind="rope"), [1, 2, 3, 4])
-    close(result["reach"].sel(attention_kind="nope"), [7, 8, 7, 8])
-    close(result["entropy"].sel(attention_kind="rope"), [6, 7, 6, 7])
-    close(result["loss"], [12, 14, 12, 14])
+    close(result["reach"].sel(attention_kind="nope"), [7, 8, 5, 6])
+    close(result["entropy"].sel(attention_kind="rope"), [6, 7, 4, 5])
+    close(result["loss"], [12, 14, 8, 10])
     assert "mean_distance" not in result
-    first = attention_maps.chunk_reach(data, first_chunk=True)
-    close(first["reach"].sel(attention_kind="nope"), [5, 6, 5, 6])
-    close(first["loss"], [8, 10, 8, 10])
+
+
+def test_chunk_reach_needs_text_on_both_sides_of_a_border():
+    """A text of one whole chunk has no border: nothing follows it."""
+    data = planted({"entropy": same([0], n_queries=4)}, positions=[range(4)])
+    assert attention_maps.chunk_reach(data)["reach"].isnull().all()
+    longer = planted({"entropy": same([0], n_queries=5)}, positions=[range(5)])
+    close(attention_maps.chunk_reach(longer)["reach"].sel(attention_kind="nope"), [5, np.nan, 3, 4])
 
 
 def test_chunk_reach_bins():
@@ -227,7 +232,9 @@ def test_chunk_reach_bins():
     result = attention_maps.chunk_reach(data, n_bins=3)
     assert result["chunk_position"].values.tolist() == [0, 4, 8]
     assert result["bin_stop"].values.tolist() == [4, 8, 10]
+    # The middle of the bin 4 to 7 lies after the middle of the chunk: like 8 and 9 it counts as before a border.
     close(result["reach"].sel(attention_kind="rope"), [np.mean([1, 2, 3, 4, 1]), 6.5, 9.5])
+    close(result["reach"].sel(attention_kind="nope"), [np.mean([11, 12, 13, 14, 21]), 11.5, 14.5])
 
 
 def test_needle_score_by_hand():
@@ -349,8 +356,13 @@ def test_position_profile_and_chunk_reach_by_loops(recording):
             found = profile["mean"].sel(attention_kind=kind, position_bin=first)
             close(found, of_kind(rows, "entropy", kind).mean())
         for place in range(CHUNK):
-            rows = data.isel(query=np.flatnonzero((position % CHUNK == place) & (position >= CHUNK)))
+            last = np.array([position[data["sample"].values == sample].max() for sample in data["sample"].values])
+            border = position - place + (CHUNK if place >= CHUNK / 2 else 0)
+            rows = data.isel(query=np.flatnonzero((position % CHUNK == place) & (border > 0) & (border <= last)))
             own = reach.sel(attention_kind=kind, chunk_position=place)
+            if not rows.sizes["query"]:
+                assert np.isnan(own["reach"])
+                continue
             for name in ("entropy", "mean_distance"):
                 close(own[name], of_kind(rows, name, kind).mean())
             seen = (

@@ -134,17 +134,13 @@ def position_profile(attention: Attention, statistic: str, *, n_bins: int = 32, 
     return result.transpose("attention_kind", "position_bin", ...).assign_attrs(chunk_size=chunk_size)
 
 
-def chunk_reach(
-    attention: Attention, *, n_bins: int = 32, first_chunk: bool = False, level: float = 0.95
-) -> xr.Dataset:
-    """What a chunk boundary does: how far queries see, how they attend and how well the model predicts after it.
+def chunk_reach(attention: Attention, *, n_bins: int = 32, level: float = 0.95) -> xr.Dataset:
+    """What a chunk border does: how far queries see, how they attend and how well the model predicts on its two sides.
 
     Parameters
     ----------
     attention : ``/attention``, or a recording that holds it.
     n_bins : at most so many bins, of equally many positions in the chunk.
-    first_chunk : whether the queries of a sample's first chunk count too, and so samples of no more than one chunk.
-        There NoPE and RoPE layers see the same keys, and no boundary lies before the query.
     level : coverage of the intervals.
 
     Returns
@@ -153,7 +149,9 @@ def chunk_reach(
     exact; and where they were recorded ``entropy`` and ``mean_distance``, each with ``…_lower`` and ``…_upper``.
     (chunk_position): where it was recorded ``loss``, that of the next token in nats, with ``loss_lower`` and
     ``loss_upper``; and ``n_documents``. ``chunk_position`` is the first position of the bin, counted from the start of
-    the query's chunk; ``bin_stop`` the one after its last. NaN for a kind without a layer and a bin without a query.
+    the query's chunk; ``bin_stop`` the one after its last. Bins in the first half of a chunk lie after a border, those
+    in the second half before one. NaN for a kind without a layer and a bin without a query, and everywhere if no text
+    reaches over a border.
 
     Raises
     ------
@@ -165,7 +163,9 @@ def chunk_reach(
     Notes
     -----
     A query at position q sees q + 1 keys in a NoPE layer and q mod chunk + 1 in a RoPE layer (chunked attention, Meta
-    2025): just after a boundary RoPE layers see hardly anything, and only NoPE layers connect it to what was before.
+    2025): just after a border RoPE layers see hardly anything, and only NoPE layers connect it to what was before.
+    Both sides are of the same borders: what stands before one counts only if the text goes on after it. Otherwise the
+    ends of late chunks would be compared with the starts of early ones, and NoPE layers seem to forget too.
     Means and intervals as in :func:`~probe.attention_maps.position_profile`.
     """
     interval = MeanInterval(level, "entropy")
@@ -176,7 +176,10 @@ def chunk_reach(
     in_chunk = position % chunk_size
     what = "first position in the bin, counted from the start of the query's chunk"
     width, bin_coords = _bins("chunk_position", chunk_size, n_bins, what)
-    group = np.where(first_chunk | (position >= chunk_size), in_chunk // width, -1)
+    place = in_chunk // width
+    middle = (bin_coords["chunk_position"].values + bin_coords["bin_stop"].values - 1) / 2
+    border = position - in_chunk + np.where((middle >= chunk_size / 2)[place], chunk_size, 0)
+    group = np.where((border > 0) & (border <= _last_positions(data, position)), place, -1)
     cells = cells_of(data, group=group, n_groups=bin_coords["chunk_position"].size)
 
     reach = interval.by_group(cells, cells.means(_visible_keys(data, position, in_chunk))).mean
@@ -194,7 +197,7 @@ def chunk_reach(
     n_documents = np.array([own.stop - own.start for _, own in cells.groups()])
     counted = {"n_documents": (n_documents, "samples with a query in the bin", "document")}
     columns |= arrays(data, of_kind[:1], counted, coords=bin_coords)
-    attributes = {"level": level, "chunk_size": chunk_size, "first_chunk": bool(first_chunk)}
+    attributes = {"level": level, "chunk_size": chunk_size}
     return xr.Dataset(columns, attrs=attributes).transpose("attention_kind", ...)
 
 
@@ -213,6 +216,14 @@ def kind_means(data: xr.Dataset, variable: xr.DataArray, cells: Cells) -> np.nda
         sums[:, kind] += np.nansum(of_heads, axis=1)
         n_defined[:, kind] += np.count_nonzero(~np.isnan(of_heads), axis=1)
     return divide(sums, n_defined)
+
+
+def _last_positions(data: xr.Dataset, position: np.ndarray) -> np.ndarray:
+    """For every query the last position that was recorded of its sample, (query,)."""
+    _, inverse = np.unique(data["sample"].values, return_inverse=True)
+    last = np.zeros(inverse.max(initial=0) + 1, np.int64)
+    np.maximum.at(last, inverse, position)
+    return last[inverse]
 
 
 def _visible_keys(data: xr.Dataset, position: np.ndarray, in_chunk: np.ndarray) -> np.ndarray:

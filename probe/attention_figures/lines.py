@@ -218,7 +218,7 @@ def chunk_reach(result: xr.Dataset, *, title: str = "What happens at a chunk bor
     Returns
     -------
     Figure whose x axis counts from the border: left of it the second half of a chunk, right of it the first half of the
-    next. Both are means over all chunks.
+    next. Both are means over the same borders.
 
     Raises
     ------
