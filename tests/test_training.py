@@ -12,7 +12,8 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 import probe
-from training import plan, train
+from tests.random_models import random_model
+from training import copier, plan, train
 from training.evaluate import zlib_bits_per_byte
 from training.rows import pieces, training_rows
 
@@ -128,3 +129,57 @@ def test_training_resumes_where_it_stopped(tmp_path, monkeypatch, tokenizer):
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
     assert (tmp_path / "killed" / arm.name / "weights-50.safetensors").exists()
     assert not (tmp_path / "killed" / arm.name / "state.safetensors").exists()
+
+
+def test_a_row_that_repeats_is_known_from_the_second_time_on():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        row, is_known = copier.repeated_row(random, np.arange(100, 132), 128)
+        period = int(is_known.argmax()) - 1
+        assert copier.SHORTEST_PERIOD <= period <= 60
+        np.testing.assert_array_equal(row[period:], row[:-period])
+        # The first token of the second time follows one that nothing had followed yet.
+        assert not is_known[: period + 1].any() and is_known[period + 1 :].all()
+
+
+def test_the_copy_of_a_needle_is_known_after_its_cue():
+    random = np.random.default_rng(1)
+    for _ in range(50):
+        row, is_known = copier.planted_row(random, np.arange(1000), 256)
+        copied = np.flatnonzero(is_known)
+        n_needle = len(copied) + copier.CUE
+        copy = int(copied[0]) - copier.CUE
+        assert len(row) == 256 and copier.NEEDLE[0] <= n_needle <= copier.NEEDLE[1]
+        np.testing.assert_array_equal(copied, np.arange(copy + copier.CUE, copy + n_needle))
+        starts = [
+            start
+            for start in range(copy - n_needle + 1)
+            if np.array_equal(row[start : start + n_needle], row[copy : copy + n_needle])
+        ]
+        assert starts, "what is called a copy stands nowhere before"
+
+
+def test_ids_grow_from_few_to_all():
+    counts = [copier.n_known_ids(step, 4000) for step in range(copier.N_STEPS)]
+    assert counts[0] == copier.FIRST_IDS and counts[-1] == 4000
+    assert counts == sorted(counts)
+
+
+def test_a_batch_of_the_copier_is_the_same_again_and_scored_among_its_own_ids():
+    ids = np.arange(50, 4000)
+    for step in (0, copier.N_STEPS - 1):
+        batch = copier.batch_at(step, ids, bos=7)
+        np.testing.assert_array_equal(batch.tokens, copier.batch_at(step, ids, bos=7).tokens)
+        assert (batch.tokens[:, 0] == 7).all() and not batch.is_known[:, 0].any()
+        assert np.isin(batch.tokens[:, 1:], batch.ids).all()
+        assert batch.tokens[:, 1:].size == copier.BATCH_TOKENS
+
+
+def test_the_loss_of_the_copier_is_that_among_the_ids_of_the_batch():
+    model = random_model(vocab_size=64, num_hidden_layers=2)
+    tokens = np.array([[1, 9, 5, 9, 5]])
+    batch = copier.Batch(tokens, np.array([[False, False, False, True, True]]), np.array([5, 9]))
+    hidden = torch.randn(1, 4, 32)
+    logits = hidden[0] @ model.lm_head.weight.T
+    expected = [logits[2, [5, 9]].log_softmax(-1)[1], logits[3, [5, 9]].log_softmax(-1)[0]]
+    assert copier.loss_of(model, hidden, batch).item() == pytest.approx(-float(sum(expected).detach()) / 2, rel=1e-5)

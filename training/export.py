@@ -13,7 +13,7 @@ import jinja2
 import torch
 import xarray as xr
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Llama4ForCausalLM
+from transformers import AutoTokenizer, Llama4ForCausalLM, PreTrainedTokenizerBase
 
 from probe.models import load
 from training import plan
@@ -64,10 +64,15 @@ SHIPPED = (
 
 
 def export_weights(arm: str, weights: Path, folder: Path) -> None:
-    """Config, bf16 safetensors and tokenizer, as transformers saves them."""
+    """An arm's weights as a model folder."""
     tokenizer = AutoTokenizer.from_pretrained(plan.TOKENIZER)
     model = Llama4ForCausalLM(build_config(plan.ARMS[arm], tokenizer))
     model.load_state_dict(load_file(weights))
+    save_shipped(model, tokenizer, folder)
+
+
+def save_shipped(model: Llama4ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Config, bf16 safetensors and tokenizer, as transformers saves them."""
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     (folder / "model.safetensors").chmod(0o644)  # transformers writes it for its owner alone
@@ -117,8 +122,10 @@ def no_balance_loads(documents: dict[str, list[str]]) -> dict[str, xr.DataArray]
 def main() -> None:
     """Export, evaluate and describe every shipped model."""
     MODELS.mkdir(parents=True, exist_ok=True)
+    index_file = MODELS / "index.json"
+    others = json.loads(index_file.read_text()) if index_file.exists() else {}  # such as training.copier's
     index = {shipped.name: shipped.line for shipped in SHIPPED}
-    (MODELS / "index.json").write_text(json.dumps(index, indent=2) + "\n")
+    index_file.write_text(json.dumps(others | index, indent=2) + "\n")
     documents = read_documents(plan.CORPUS / "heldout")
     part = {domain: texts[::PART] for domain, texts in documents.items()}
     loads = no_balance_loads(part)
