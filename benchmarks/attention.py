@@ -114,9 +114,13 @@ def spans(n_tokens: int) -> dict[str, AttentionSpan]:
     }
 
 
-def time_modules(n_tokens: int, rounds: int) -> None:
+LAYERS = {"NoPE": 3, "RoPE": 0}
+
+
+def time_modules(n_tokens: int, rounds: int, kinds: list[str]) -> None:
     """Ratios of recorded to bare attention modules."""
-    for kind, layer in (("NoPE", 3), ("RoPE", 0)):
+    for kind in kinds:
+        layer = LAYERS[kind]
         everything = AttentionSpec("all", layers=[layer])
         named = AttentionSpec("all", layers=[layer], segments={"begin": (0, 10), "needle": (500, 520)}, offsets=[100])
         sampled = AttentionSpec("all", layers=[layer], queries=SAMPLED)
@@ -128,7 +132,8 @@ def time_modules(n_tokens: int, rounds: int) -> None:
             "all queries, two segments and an offset": module_forward(layer, n_tokens, named, bare=False),
             f"{SAMPLED:,} queries": module_forward(layer, n_tokens, sampled, bare=False),
         }
-        taken = seconds(functions, rounds=rounds, warmup=1)
+        # What runs for minutes needs no warm-up.
+        taken = seconds(functions, rounds=rounds, warmup=1 if n_tokens <= 65_536 else 0)
         title = f"{kind} attention module, {n_tokens:,} tokens, {machine()}, {rounds} rounds"
         print_ratios(taken, baseline=next(iter(functions)), title=title)
 
@@ -231,6 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32_768])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--memory", action="store_true", help="peak memory of probe.record only")
     parser.add_argument("--peers", action="store_true", help="probe beside eager attention and TransformerLens only")
     parser.add_argument("--sampled", action="store_true", help="accuracy of sampled means only")
@@ -246,7 +252,7 @@ def main() -> None:
         compare_sampled(options.tokens[0])
     else:
         for n_tokens in options.tokens:
-            time_modules(n_tokens, options.rounds)
+            time_modules(n_tokens, options.rounds, options.kinds)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,10 @@ def test_import_is_quick():
     assert min(float(in_new_python(code)) for _ in range(3)) < IMPORT_SECONDS
 
 
-@pytest.mark.parametrize("module", ["probe.cli", "probe.corpus", "probe.routing_stats", "probe.store"])
+LIGHT = ["attention_maps", "cli", "corpus", "prompts", "routing_stats", "store"]
+
+
+@pytest.mark.parametrize("module", [f"probe.{name}" for name in LIGHT])
 def test_module_loads_neither_torch_nor_plotly(module):
     loaded = set(in_new_python(f"import {module}, sys; print(*sys.modules)").split())
     assert not loaded & {"torch", "plotly", "transformers"}
