@@ -14,7 +14,9 @@ from probe.models import ModelError, shipped_models
 from probe.sites import NotLlama4Error
 from tests.random_models import random_model
 
-SHIPPED = ["tiny-scout", "tiny-maverick", "tiny-scout-collapsed", "tiny-copier"] + [f"tiny-scout@{p}" for p in (1, 5, 20, 50)]
+SHIPPED = ["tiny-scout", "tiny-maverick", "tiny-scout-collapsed", "tiny-copier"] + [
+    f"tiny-scout@{p}" for p in (1, 5, 20, 50)
+]
 
 
 @pytest.fixture
