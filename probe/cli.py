@@ -91,18 +91,32 @@ def report(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens kept of each text.", show_default="all")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Texts in one forward.")] = None,
     dtype: Annotated[Precision | None, typer.Option(help="Dtype to load the model in.")] = None,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Record attention too: who attends where, NoPE against RoPE layers.")
+    ] = False,
+    attention_queries: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Queries of each text whose attention is recorded, drawn at random.",
+            show_default="all if no text has over 1,024 tokens, else 256",
+        ),
+    ] = None,
     store: Annotated[
         Path | None, typer.Option("--from", help="Report on a recording made earlier; no model is run.")
     ] = None,
 ) -> None:
     """Record a model's routing on a corpus and write the report: HTML, tables and the recording itself."""
+    if attention_queries is not None and not attention and store is None:
+        _refuse_queries_alone()
     from probe.report import check_folder
 
     check_folder(out)  # now, and not after an hour of recording
     problems: Sequence[BadLine] = ()
     if store is not None:
         given = {"MODEL": model, "--corpus": corpus, "--domain-column": domain_column, "--max-tokens": max_tokens}
-        _refuse_beside_from(given | {"--batch-size": batch_size, "--dtype": dtype})
+        given |= {"--batch-size": batch_size, "--dtype": dtype}
+        _refuse_beside_from(given | {"--attention": attention or None, "--attention-queries": attention_queries})
         recording = _open(store)
     else:
         recording, problems = _record(
@@ -111,6 +125,8 @@ def report(
             domain_column=domain_column,
             dtype=dtype,
             options={"max_tokens": max_tokens, "batch_size": batch_size},
+            attention=attention,
+            queries=attention_queries,
         )
     import probe
 
@@ -171,6 +187,8 @@ def _record(
     domain_column: str | None,
     dtype: Precision | None,
     options: Mapping[str, Any],
+    attention: bool,
+    queries: int | None,
 ) -> tuple[xr.DataTree, Sequence[BadLine]]:
     """Read the corpus first, so that what is wrong with it shows before a model is loaded."""
     from rich.console import Console
@@ -187,13 +205,18 @@ def _record(
         import probe
     with status(f"Loading {escape(model)}"):
         loaded = probe.load(model, dtype=dtype and dtype.value)
+    given = {name: value for name, value in options.items() if value is not None}
+    if attention:
+        from probe.report_attention import choose_spec
+
+        given["attention"] = choose_spec(loaded, texts.texts, queries=queries, max_tokens=options["max_tokens"])
     recording = probe.record(
         loaded,
         texts.texts,
         domains=texts.domains,
         names=texts.names,
         progress=True,
-        **{name: value for name, value in options.items() if value is not None},
+        **given,
     )
     return recording, texts.problems
 
@@ -217,6 +240,12 @@ def _refuse_beside_from(given: Mapping[str, object]) -> None:
     named = [name for name, value in given.items() if value is not None]
     if named:
         raise ProbeError(f"--from reports on a recording as it is: leave out {', '.join(named)}")
+
+
+def _refuse_queries_alone() -> None:
+    from probe.schema import ProbeError
+
+    raise ProbeError("--attention-queries says how much of attention to record: add --attention, or leave it out")
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -155,12 +155,13 @@ def find(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     Parameters
     ----------
     results : of ``routing_stats`` by name: ``load_interval``, ``imbalance``, ``margin`` and ``repetition``; where
-        there is more than one domain, ``specialization``; and, if wanted, ``mutual_information`` (label, layer).
+        there is more than one domain, ``specialization``; if wanted, ``mutual_information`` (label, layer); and
+        ``attention_by_kind``, from ``attention_maps.by_kind``.
 
     Returns
     -------
     At least one: if nothing stands out from its null, that is said first. What describes without a null to compare with
-    (the margins) comes last.
+    (attention, the margins) comes last.
     """
     candidates = (
         *_preferences(results),
@@ -173,7 +174,7 @@ def find(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     for candidate in sorted(candidates, key=lambda finding: -finding.strength):
         if sum(other.kind == candidate.kind for other in found) < MAX_OF_A_KIND:
             found.append(candidate)
-    described = _certainty(results)
+    described = [*_attention(results), *_certainty(results)]
     found = found[: MAX_FINDINGS - len(described)] or [_nothing(results)]
     quiet = _quiet(results, {finding.kind for finding in found})
     return found + quiet[: max(MIN_FINDINGS - len(found) - len(described), 0)] + described
@@ -435,6 +436,50 @@ def _certainty(results: Mapping[str, xr.Dataset]) -> list[Finding]:
     detail, where = "The range is that of the decisions, not an uncertainty.", {"layer": layer}
     headline = f"{digits(middle)} logits"
     return [Finding("margin", headline, text, "margins", middle, low, high, None, 0.0, detail, where)]
+
+
+def _attention(results: Mapping[str, xr.Dataset]) -> list[Finding]:
+    """What NoPE layers surely do that RoPE layers do not; a description, as there is no chance to compare with."""
+    if "attention_by_kind" not in results:
+        return []
+    result = results["attention_by_kind"]
+    surely = [
+        str(name)
+        for name in result["statistic"].values
+        if float(result["difference_lower"].sel(statistic=name)) > 0
+        or float(result["difference_upper"].sel(statistic=name)) < 0
+    ]
+    apart = ""
+    if "mean_distance" in surely:
+        nope, rope = (_of_kind(result, "mean_distance", kind) for kind in ("nope", "rope"))
+        apart = (
+            f"look {digits(nope[0])} {interval(*nope[1:])} tokens back on average, RoPE layers {digits(rope[0])} "
+            f"{interval(*rope[1:])}"
+        )
+    if "far_mass" in surely:
+        value, low, high = _of_kind(result, "far_mass", "nope")
+        headline = percent(value)
+        text = (
+            f"NoPE layers put {headline} {interval(low, high, 100)} of their attention on tokens before the query's "
+            "own chunk, which RoPE layers cannot see"
+        )
+        text += f"; they {apart}" if apart else ""
+    elif apart:
+        (value, low, high), headline = nope, f"{digits(nope[0])} tokens"
+        text = f"NoPE layers {apart}"
+    else:
+        return []
+    detail = (
+        "Means over a text's queries, a kind's heads and layers, then over texts; the difference between the kinds, "
+        "taken within each text, has an interval without 0."
+    )
+    return [Finding("attention", headline, f"{text}.", "attention", value, low, high, None, 0.0, detail)]
+
+
+def _of_kind(result: xr.Dataset, statistic: str, kind: str) -> tuple[float, float, float]:
+    """Mean with its bounds."""
+    cell = result.sel(statistic=statistic, attention_kind=kind)
+    return float(cell["mean"]), float(cell["lower"]), float(cell["upper"])
 
 
 def enough_expected(result: xr.Dataset, least: int = MIN_EXPECTED) -> xr.DataArray:

@@ -24,7 +24,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from probe import findings, report_card, report_sections, routing_stats, schema, store, text_view, titles
+from probe import (
+    findings,
+    report_attention,
+    report_card,
+    report_sections,
+    routing_stats,
+    schema,
+    store,
+    text_view,
+    titles,
+)
 from probe.findings import counted
 from probe.report_parts import layer_name
 from probe.report_sections import Results
@@ -81,11 +91,12 @@ def write_report(
     check_folder(folder)
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
-    with _progress(progress) as step:
+    n_steps = len(_STATISTICS) + len(report_attention.plan(recording)) + len(_OTHER_STEPS)
+    with _progress(progress, n_steps=n_steps) as step:
         results = compute(recording, step=step)
         found = findings.find(results)
         step("tables")
-        write_tables(results, recording, folder / "tables", names=_STATISTICS)
+        write_tables(results, recording, folder / "tables", makers=_MAKERS)
         summary = summarize(recording, found, problems)
         (folder / "summary.json").write_text(strict_json(summary), encoding="utf-8")
         step("page")
@@ -116,7 +127,7 @@ def check_folder(folder: Path) -> None:
         raise ProbeError(f"{folder}: nothing can be written there ({error.strerror}); name another folder") from error
 
 
-def _progress(shown: bool) -> AbstractContextManager[Callable[[str], None]]:
+def _progress(shown: bool, *, n_steps: int) -> AbstractContextManager[Callable[[str], None]]:
     """A function that moves a progress bar on by one named step, or does nothing."""
     if not shown:
         return nullcontext(lambda name: None)
@@ -128,7 +139,7 @@ def _progress(shown: bool) -> AbstractContextManager[Callable[[str], None]]:
     @contextmanager
     def bar() -> Any:
         with Progress(console=Console(stderr=True)) as display:
-            task = display.add_task("report", total=len(_STATISTICS) + len(_OTHER_STEPS))
+            task = display.add_task("report", total=n_steps)
             yield lambda name: display.update(task, advance=1, description=f"report: {name}")
 
     return bar()
@@ -161,6 +172,11 @@ _STATISTICS: dict[str, Callable[..., xr.Dataset]] = {
 
 _OTHER_STEPS = ("tables", "page", "store")
 
+_MAKERS = {name: f"routing_stats.{name}" for name in _STATISTICS} | {
+    name: f"attention_maps.{function}" for name, function in report_attention.FUNCTIONS.items()
+}
+"""Where each statistic that a report may hold comes from."""
+
 
 def compute(
     recording: xr.DataTree, *, permutations: bool = True, step: Callable[[str], None] = lambda name: None
@@ -168,7 +184,7 @@ def compute(
     """Every statistic of the report under the name of its function.
 
     ``specialization`` only for two domains or more; ``mutual_information`` has a dim ``label``, the domain among them
-    only then.
+    only then. What starts with ``attention_`` only where that was recorded; see :mod:`probe.report_attention`.
 
     Parameters
     ----------
@@ -193,6 +209,9 @@ def compute(
         step(name.replace("_", " "))
         if name != "specialization" or several_domains:
             results[name] = statistic(rows, **options.get(name, {}))
+    for name, compute_one in report_attention.plan(recording).items():
+        step(name.replace("_", " "))
+        results[name] = compute_one()
     return results
 
 
@@ -228,9 +247,10 @@ def _domains(recording: xr.DataTree) -> list[str]:
 
 
 def summarize(recording: xr.DataTree, found: Sequence[findings.Finding], problems: Sequence[BadLine]) -> dict[str, Any]:
-    """What a program wants to know: attributes, counts, findings and problems."""
+    """What a program wants to know: attributes, counts, findings and problems; of attention where it was recorded."""
     samples, routing = schema.group(recording, "samples"), schema.group(recording, "routing")
     cut = samples["n_cut"].values
+    attention = report_attention.summarize(recording)
     return {
         "recording": {name: recording.attrs[name] for name in schema.ROOT_ATTRIBUTES},
         "counts": {
@@ -242,6 +262,7 @@ def summarize(recording: xr.DataTree, found: Sequence[findings.Finding], problem
             "layers": routing.sizes["layer"],
             "experts": routing.sizes["expert"],
         },
+        **({"attention": attention} if attention is not None else {}),
         "findings": [asdict(finding) for finding in found],
         "problems": {
             "count": len(problems),
@@ -295,10 +316,11 @@ def render(
         level=results["load_interval"].attrs["level"],
         summary=summary,
         problems=[str(bad) for bad in problems[:20]],
-        sections=report_sections.build(results),
+        sections=report_sections.build(results) + report_attention.build(recording, results),
         card_title=titles.expert(results["load_interval"], layer=layer, expert=expert, unit=_unit(recording)),
         card=Markup(_card(recording, results, layer=layer, expert=expert)),
         with_domains="specialization" in results,
+        with_attention="attention" in summary,
         token_layers=_token_layers(results, recording),
         text=Markup(_text(recording, pointed)),
         recorded=[
@@ -324,7 +346,8 @@ def _overview(summary: Mapping[str, Any]) -> list[str]:
         f"{counted(counts['layers'], 'layer')} of {counted(counts['experts'], 'expert')}, top {attributes['top_k']}"
     )
     where = " on ".join(str(attributes[name]) for name in ("dtype", "device") if attributes[name])
-    return [part for part in (amount, router, where, _date(str(attributes["created_at"]))) if part]
+    attention = report_attention.overview(summary["attention"]) if "attention" in summary else ""
+    return [part for part in (amount, router, attention, where, _date(str(attributes["created_at"]))) if part]
 
 
 def _date(created_at: str) -> str:

@@ -30,7 +30,8 @@ class Section:
     """One part of the page.
 
     ``title`` says what one sees, ``reading`` how to read it, ``definition`` what exactly it is and ``source`` where
-    that comes from; ``file`` names the table in ``tables/``.
+    that comes from; ``file`` and ``more_files`` name the tables in ``tables/``. Without a figure, ``figure`` says why,
+    and only the title need be there.
     """
 
     anchor: str
@@ -41,6 +42,7 @@ class Section:
     file: str
     figure: Markup
     tables: list[Table] = field(default_factory=list)
+    more_files: list[str] = field(default_factory=list)
 
 
 def figure_html(figure: go.Figure, label: str) -> Markup:
@@ -51,6 +53,11 @@ def figure_html(figure: go.Figure, label: str) -> Markup:
         '<script type="application/json">{}</script></div>'
     )
     return Markup(html).format(label, figure.layout.height, Markup(text_view.script_safe(figure.to_json())))
+
+
+def missing_html(reason: str) -> Markup:
+    """What stands where a figure would: why there is none."""
+    return Markup('<p class="missing">{}</p>').format(reason)
 
 
 def layer_name(result: xr.Dataset | xr.DataArray, at: int) -> str:
@@ -69,13 +76,13 @@ def by_layer(caption: str, result: xr.Dataset, columns: Mapping[str, str | Seque
     return Table(caption, ["layer", *columns], rows)
 
 
-def layer_by_expert(caption: str, values: xr.DataArray) -> list[Table]:
-    """One table of layers × experts, or none where it would be too large to read."""
-    values = values.transpose("layer", "expert")
+def layer_by(dim: str, caption: str, values: xr.DataArray) -> list[Table]:
+    """One table of layers × experts (or heads, …), or none where it would be too large to read."""
+    values = values.transpose("layer", dim)
     if values.size > LARGEST_TABLE:
         return []
     rows = [[layer_name(values, at), *map(number, row)] for at, row in enumerate(values.values)]
-    return [Table(caption, ["layer \\ expert", *map(str, values["expert"].values)], rows)]
+    return [Table(caption, [f"layer \\ {dim}", *map(str, values[dim].values)], rows)]
 
 
 def bounded(value: float, lower: float = np.nan, upper: float = np.nan) -> str:

@@ -7,7 +7,7 @@ import xarray as xr
 
 from probe import figures, findings, text_view, titles
 from probe.bootstrap import MIN_DOCUMENTS
-from probe.report_parts import Section, Table, bounded, by_layer, figure_html, layer_by_expert, layer_name
+from probe.report_parts import Section, Table, bounded, by_layer, figure_html, layer_by, layer_name
 from probe.routing.margins import MARGIN_QUANTILES
 
 Results = dict[str, xr.Dataset]
@@ -48,7 +48,7 @@ def _load(result: xr.Dataset) -> Section:
         source="Load: Jiang et al. 2024 (Mixtral), Fig. 7; interval: Korn & Graubard 1998",
         file="load_interval",
         figure=figure_html(figures.expert_load(result, title=""), title),
-        tables=layer_by_expert("Load (%)", 100 * result["load"]),
+        tables=layer_by("expert", "Load (%)", 100 * result["load"]),
     )
 
 
@@ -87,7 +87,7 @@ def _domains(result: xr.Dataset) -> Section:
     doubtful = f"the difference may be chance, judged for all {cells.attrs['n_tested']:,} cells at once"
     left_out = result.sizes["domain"] - len(names)
     more = f" Drawn are the {len(names)} most distinct domains; {left_out} more are in the data." if left_out else ""
-    tables = [layer_by_expert(f"{name}: lift", result["lift"].sel(domain=name)) for name in names]
+    tables = [layer_by("expert", f"{name}: lift", result["lift"].sel(domain=name)) for name in names]
     return Section(
         anchor="domains",
         title=title,

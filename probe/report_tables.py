@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +12,12 @@ from probe import schema, text_view
 from probe.routing.margins import MARGIN_QUANTILES
 
 Results = Mapping[str, xr.Dataset]
+
+_NOTES = {
+    "attention_chunk_reach": " Places in the chunk without a query are left out. Bounds: 95%, over documents.",
+    "attention_query_mean": " Of one text alone. Bounds: 95%, over the draw of its queries.",
+}
+"""What a table says of itself where that is not what all say."""
 
 
 def tidy(result: xr.Dataset) -> pd.DataFrame:
@@ -23,10 +29,11 @@ def tidy(result: xr.Dataset) -> pd.DataFrame:
     return labelled.to_dataframe().reset_index()
 
 
-def write_tables(results: Results, recording: xr.DataTree, folder: Path, *, names: Iterable[str]) -> None:
+def write_tables(results: Results, recording: xr.DataTree, folder: Path, *, makers: Mapping[str, str]) -> None:
     """Write each statistic as ``NAME.csv`` and ``NAME.parquet``, and ``README.md`` with the meaning of the columns.
 
-    ``names`` are those of all statistics that a report may hold: files of an earlier report under these names go.
+    ``makers`` holds all statistics that a report may have, by name, and the function that computes each: files of an
+    earlier report under these names go.
     """
     vocabulary = schema.group(recording, "vocabulary")
     frames = {name: _frame(name, result, vocabulary) for name, result in results.items()}
@@ -37,13 +44,13 @@ def write_tables(results: Results, recording: xr.DataTree, folder: Path, *, name
             for name in ("name", "domain", "n_tokens", "n_cut")
         }
     )
-    for stale in set(names) - frames.keys():  # of an earlier report, with other domains
+    for stale in makers.keys() - frames.keys():  # of an earlier report, with other domains
         for suffix in ("csv", "parquet"):
             (folder / f"{stale}.{suffix}").unlink(missing_ok=True)
     for name, frame in frames.items():
         frame.to_csv(folder / f"{name}.csv", index=False)
         frame.to_parquet(folder / f"{name}.parquet", index=False)
-    (folder / "README.md").write_text(_guide(results), encoding="utf-8")
+    (folder / "README.md").write_text(_guide(results, makers), encoding="utf-8")
 
 
 def _frame(name: str, result: xr.Dataset, vocabulary: xr.Dataset) -> pd.DataFrame:
@@ -54,7 +61,9 @@ def _frame(name: str, result: xr.Dataset, vocabulary: xr.Dataset) -> pd.DataFram
     if name == "top_tokens":
         return _token_frame(result, vocabulary)
     frame = tidy(result)
-    return frame[frame["count"] > 0] if name in ("transition", "gate_histogram") else frame
+    if name in ("transition", "gate_histogram"):
+        return frame[frame["count"] > 0]
+    return frame[frame["n_documents"] > 0] if name == "attention_chunk_reach" else frame
 
 
 def _margin_frame(result: xr.Dataset) -> pd.DataFrame:
@@ -82,7 +91,7 @@ def _token_frame(result: xr.Dataset, vocabulary: xr.Dataset) -> pd.DataFrame:
     return frame
 
 
-def _guide(results: Results) -> str:
+def _guide(results: Results, makers: Mapping[str, str]) -> str:
     lines = [
         "# Tables",
         "",
@@ -94,10 +103,11 @@ def _guide(results: Results) -> str:
     for name, result in results.items():
         level = result.attrs.get("level")
         note = f" Bounds: {level:.0%}, over documents." if level else ""
+        note = _NOTES.get(name, note)
         lines += [
             f"## {name}",
             "",
-            f"Made by `probe.routing_stats.{name}`.{note}",
+            f"Made by `probe.{makers[name]}`.{note}",
             "",
             "| column | unit | meaning |",
             "|---|---|---|",

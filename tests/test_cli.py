@@ -135,6 +135,52 @@ def test_report_passes_on_what_it_is_told(run, calls, tmp_path):
     assert "1 bad line left out" in result.stdout
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """A stand-in for a model of 2 layers of 4 heads, whose tokens are words."""
+    config = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4)
+    config.get_text_config = lambda: config
+    model = SimpleNamespace(config=config, tokenizer=lambda text, verbose: {"input_ids": text.split()})
+    return lambda: monkeypatch.setitem(vars(probe), "load", lambda *args, **kwargs: model)
+
+
+def test_report_records_attention_only_when_told_to(run, calls, tiny, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one two"}\n', "utf-8")
+    tiny()
+    assert run("report", "--corpus", path).exit_code == 0
+    assert not hasattr(calls["record"], "attention")
+    assert run("report", "--corpus", path, "--attention").exit_code == 0
+    spec = calls["record"].attention
+    assert spec.queries is None and "map_max" in spec.statistics
+    assert run("report", "--corpus", path, "--attention", "--attention-queries", 9).exit_code == 0
+    assert calls["record"].attention.queries == 9
+    path.write_text(json.dumps({"text": "word " * 1025}), "utf-8")
+    assert run("report", "--corpus", path, "--attention").exit_code == 0
+    assert calls["record"].attention.queries == 256
+    assert run("report", "--corpus", path, "--attention", "--max-tokens", 1000).exit_code == 0
+    assert calls["record"].attention.queries is None
+
+
+def test_queries_without_attention_are_refused_before_any_work(run, calls):
+    result = run("report", "--attention-queries", 9, "--corpus", "missing")
+    assert_one_message(result, "--attention-queries", "add --attention")
+    assert not calls
+
+
+def test_from_takes_no_attention(run, calls):
+    result = run("report", "--from", "run.zarr", "--attention", "--attention-queries", 9)
+    assert_one_message(result, "leave out --attention, --attention-queries")
+    assert_one_message(run("report", "--from", "run.zarr", "--attention-queries", 9), "leave out --attention-queries")
+    assert not calls
+
+
+def test_help_says_which_queries_are_recorded(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run("report", "--help").stdout
+    assert "--attention-queries" in text and "1,024 tokens" in text and "256" in text
+
+
 def test_report_names_the_first_bad_lines_and_counts_the_rest(run, calls, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n' + "bad\n" * 8, "utf-8")
@@ -179,7 +225,7 @@ def test_out_that_is_a_file_is_refused_before_any_work(run, calls, out):
     assert Path("file").read_text("utf-8") == "mine"
 
 
-@pytest.mark.parametrize("option", ["--max-tokens", "--batch-size"])
+@pytest.mark.parametrize("option", ["--max-tokens", "--batch-size", "--attention-queries"])
 def test_counts_must_be_positive(run, option):
     result = run("report", option, "0")
     assert result.exit_code == 2

@@ -415,7 +415,7 @@ def test_a_report_can_be_made_from_its_own_store(folder, tmp_path):
 
 def test_progress_has_as_many_steps_as_are_taken(tree, monkeypatch, tmp_path):
     taken = []
-    monkeypatch.setattr(report, "_progress", lambda shown: nullcontext(taken.append))
+    monkeypatch.setattr(report, "_progress", lambda shown, n_steps: nullcontext(taken.append))
     report.write_report(tree, tmp_path)
     assert len(taken) == len(report._STATISTICS) + len(report._OTHER_STEPS)
     assert len(set(taken)) == len(taken)

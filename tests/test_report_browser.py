@@ -8,6 +8,7 @@ import xarray as xr
 
 from probe import report, schema
 from tests.test_report import HOSTILE, recorded
+from tests.test_report_attention import recorded as recorded_attention
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -109,3 +110,30 @@ def test_nothing_scrolls_sideways_on_a_narrow_page(chromium, page, tmp_path, sch
     narrow.wait_for_selector("#load .main-svg")
     assert narrow.evaluate("document.documentElement.scrollWidth") == 700
     narrow.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_part_on_attention_draws_and_switches(chromium, tmp_path, scheme):
+    tree = recorded_attention(queries=3)
+    page = chromium.new_page(viewport={"width": 700, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(120_000)
+    faults = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(report.write_report(tree, tmp_path).as_uri())
+    for section in ("attention", "heads", "distance", "chunks", "positions", "maps"):
+        page.wait_for_selector(f"#{section} .main-svg")
+    assert page.evaluate("document.documentElement.scrollWidth") == 700
+    shown = (
+        "document.querySelector('#heads .figure')._fullData.filter(trace => trace.type === 'heatmap' && trace.visible)"
+    )
+    before = page.evaluate(f"{shown}.map(trace => trace.text[0][0])")
+    page.locator("#heads .updatemenu-button").nth(3).click()
+    page.wait_for_function(
+        "document.querySelector('#heads .figure').layout.coloraxis.colorbar.title.text === 'far mass'"
+    )
+    after = page.evaluate(f"{shown}.map(trace => trace.text[0][0])")
+    assert len(before) == len(after) == 1
+    assert after == ["0.00"] != before  # a RoPE layer has no far mass
+    page.locator("#maps .updatemenu-button").nth(1).click()
+    assert faults == []
+    page.close()

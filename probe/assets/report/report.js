@@ -43,7 +43,7 @@
   }
 
   /* Heatmaps of layers and experts: their cells hold a hover and an expert. */
-  const isCard = (trace) => trace.type === "heatmap" && Array.isArray(trace.customdata) && Array.isArray(trace.customdata[0]) && trace.customdata[0][0].length === 2;
+  const isCard = (trace) => trace.type === "heatmap" && Array.isArray(trace.customdata) && Array.isArray(trace.customdata[0]) && trace.customdata[0][0]?.length === 2;
 
   /* A frame around the cell of the expert on the card, in every heatmap of layers and experts that is drawn. */
   function mark(layer, expert) {
