@@ -146,8 +146,7 @@ def distance_profile(result: xr.Dataset) -> str:
 def chunk_reach(result: xr.Dataset) -> str:
     """What the figure of the chunk border shows, from ``chunk_reach``, some of whose queries lie behind a border.
 
-    NoPE layers know no border, so of them it says what they still see; their lines may step there, since the end of a
-    chunk lies further into the text than its beginning.
+    NoPE layers know no border, so of them it says what they still see.
     """
     there = kinds_with(result["reach"])
     parts = []

@@ -326,10 +326,7 @@ def _borders(recording: xr.DataTree, result: xr.Dataset) -> Section:
     there = titles.kinds_with(result["reach"])
     told = " RoPE layers start again with a single visible token." if "rope" in there else ""
     if "nope" in there:
-        told += (
-            " NoPE layers know no border: where their lines step down, it is because the ends of chunks lie further "
-        )
-        told += "into the text than the beginnings."
+        told += " NoPE layers know no border and see everything on both sides of it."
     names = [name for name in ("reach", "entropy", "mean_distance") if name in result]
     columns = [f"{name.replace('_', ' ')}, {KINDS[kind]}" for name in names for kind in titles.kinds_with(result[name])]
     rows = []
