@@ -222,7 +222,7 @@ class _Profile:
             for sums in self.sums.values():
                 for name in BINNED_AXES.keys() & sums.keys():
                     for axis in BINNED_AXES[name]:
-                        sums[name] = _paired(sums[name], axis, np.maximum if name == "map_max" else np.add)
+                        sums[name] = _paired(sums[name], axis, _join(name))
 
     def add(self, row: _Row) -> None:
         """Add what one forward brought."""
@@ -237,14 +237,18 @@ class _Profile:
             for name, more in reduced.sums.items():
                 values = more.numpy()
                 if name in own:
-                    join = np.maximum if name == "map_max" else np.add
                     shape = np.maximum(own[name].shape, values.shape)
-                    values = join(_padded(own[name], shape), _padded(values, shape))
+                    values = _join(name)(_padded(own[name], shape), _padded(values, shape))
                 own[name] = values
 
 
 BINNED_AXES = {"received_mass": (1,), "map_sum": (1, 2), "map_max": (1, 2)}
 """Axes of a profile's sums that hold bins of tokens."""
+
+
+def _join(name: str) -> np.ufunc:
+    """How two parts of a sum over queries become one."""
+    return np.maximum if name == "map_max" else np.add
 
 
 def _padded(values: np.ndarray, shape: Sequence[int] | np.ndarray, fill: float = 0) -> np.ndarray:
@@ -332,8 +336,8 @@ class AttentionRecord:
         position = torch.from_numpy(row.positions).to(query.device)
         # Cells of the cache before the text's first token hold padding, and old ones may be gone.
         n_left = span.q_offset + int(row.columns[0] - row.positions[0])
-        n_masked = 0 if span.is_token is None else int(span.is_token[index].cumsum(dim=0).eq(0).sum())
-        if n_left != n_masked:
+        masked = span.n_left
+        if n_left != (masked if isinstance(masked, int) else int(masked[index])):
             raise RecordingError("padding between the tokens of a row: pad a batch on the left to generate")
         begin = max(n_left, span.kv_offset)
         end = span.q_offset + int(row.columns[-1]) + 1

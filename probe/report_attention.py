@@ -341,8 +341,8 @@ def _borders(recording: xr.DataTree, result: xr.Dataset) -> Section:
         title=title,
         reading=f"Left of the dotted line is the end of a chunk, right of it the beginning of the next.{told}",
         definition=f"A query at position q sees q + 1 keys in a NoPE layer and q mod {chunk_size:,} + 1 in a RoPE "
-        "layer. Means by place in the chunk over all chunks but each text's first, over a text's queries, a kind's "
-        "heads and layers, then over texts; bands are intervals over texts.",
+        "layer. Means by place on the two sides of the same borders, over a text's queries, a kind's heads and "
+        "layers, then over texts; bands are intervals over texts.",
         source="Chunked attention: Meta 2025 (Llama 4), transformers, models/llama4",
         file="attention_chunk_reach",
         figure=figure_html(attention_figures.chunk_reach(result, title=""), title),
