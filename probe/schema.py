@@ -391,7 +391,7 @@ def _variable_faults(name: str, data: xr.Dataset, specs: Mapping[str, Variable])
             continue
         variable = data[key]
         if variable.dims != spec.dims:
-            faults.append(f"/{name}/{key} has dims {_listed(variable.dims)}, expected {_listed(spec.dims)}")
+            faults.append(f"/{name}/{key} has dims {listed(variable.dims)}, expected {listed(spec.dims)}")
         found = "str" if variable.dtype.kind in "TUO" else variable.dtype.name
         if found not in spec.dtypes:
             faults.append(f"/{name}/{key} has dtype {found}, expected {' or '.join(spec.dtypes)}")
@@ -483,5 +483,6 @@ def _counted(routing: xr.Dataset, n_samples: int) -> np.ndarray:
     return counts
 
 
-def _listed(dims: Sequence[Hashable]) -> str:
+def listed(dims: Sequence[Hashable]) -> str:
+    """Dims in brackets, as errors name them."""
     return "(" + ", ".join(map(str, dims)) + ")"

@@ -38,13 +38,9 @@ def expect(data: xr.Dataset, name: str, dims: tuple[str, ...], *others: str) -> 
     schema.require(data, name, *others)
     if set(data[name].dims) != set(dims):
         raise SchemaError(
-            f"{name} has dims {listed(data[name].dims)}, expected {listed(dims)}: select one value of any other dim"
+            f"{name} has dims {schema.listed(data[name].dims)}, expected {schema.listed(dims)}: "
+            "select one value of any other dim"
         )
-
-
-def listed(dims: Sequence[object]) -> str:
-    """Dims in brackets, as errors name them."""
-    return "(" + ", ".join(map(str, dims)) + ")"
 
 
 def words(name: str) -> str:

@@ -11,7 +11,7 @@ import xarray as xr
 
 from probe import figure_parts as parts
 from probe import schema
-from probe.attention_figures.parts import MAX_BORDERS, SQUARE, SQUARE_WIDTH, colour_magnitudes, listed
+from probe.attention_figures.parts import MAX_BORDERS, SQUARE, SQUARE_WIDTH, colour_magnitudes
 from probe.bootstrap import divide
 from probe.schema import SchemaError
 from probe.text_view import NOPE_SIGN
@@ -47,7 +47,7 @@ def head_similarity(
     """
     schema.require(similarity.to_dataset(name="similarity"), "layer", "attention_kind")
     if set(similarity.dims) != {"head", "other_head"}:
-        raise SchemaError(f"similarity has dims {listed(similarity.dims)}, expected (head, other_head)")
+        raise SchemaError(f"similarity has dims {schema.listed(similarity.dims)}, expected (head, other_head)")
     order = np.argsort(similarity["layer"].values, kind="stable")
     own = similarity.transpose("head", "other_head").isel(head=order, other_head=order)
     is_exact = len(order) <= EXACT_HEADS
