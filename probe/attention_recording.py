@@ -19,6 +19,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextModel
 from probe import tiling
 from probe.attention_interface import AttentionSpan, Observer
 from probe.recording import AttentionArrays, RecordingError
+from probe.tiles.strip import Attending
 
 PER_QUERY = (
     "entropy",
@@ -330,7 +331,7 @@ class AttentionRecord:
 
     def _attending(
         self, layer: int, index: int, row: _Row, query: Tensor, key: Tensor, span: AttentionSpan, lse: Tensor | None
-    ) -> tiling.Attending:
+    ) -> Attending:
         """The queries of one row with the keys of their text, without padding."""
         columns = torch.from_numpy(row.columns).to(query.device)
         position = torch.from_numpy(row.positions).to(query.device)
@@ -343,7 +344,7 @@ class AttentionRecord:
         end = span.q_offset + int(row.columns[-1]) + 1
         chunk_start = position // self._chunk_size * self._chunk_size
         first = chunk_start if self._is_rope[layer] else torch.zeros_like(position)
-        return tiling.Attending(
+        return Attending(
             query=query[index][:, columns],
             key=key[index][:, begin - span.kv_offset : end - span.kv_offset],
             position=position,
@@ -354,7 +355,7 @@ class AttentionRecord:
             log_sum_exp=None if lse is None else lse[index][:, columns],
         )
 
-    def _reduce(self, layer: int, row: _Row, attending: tiling.Attending) -> None:
+    def _reduce(self, layer: int, row: _Row, attending: Attending) -> None:
         """Reduce one row's attention in one layer."""
         wanted = tiling.Wanted(
             self._names, self.spec.segments_of(row.sample), self.spec.offsets, self.spec.top_keys, row.bin_width

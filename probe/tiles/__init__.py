@@ -1,0 +1,1 @@
+"""What :mod:`probe.tiling` computes with: strips of queries, and the walk over the keys that they see."""
