@@ -98,9 +98,9 @@ def test_query_mean_of_masses_stays_possible():
 
 
 def test_query_mean_leaves_out_what_is_undefined():
-    values = np.array([np.nan, 0.2, 0.4, np.nan])[:, None, None]
-    data = planted({"previous_mass": values}, positions=[[0, 3, 5], [0]], layers=[3])
-    result = attention_maps.query_mean(data, "previous_mass", n_tokens=[6, 1])
+    values = np.array([np.nan, 0.2, 0.4, np.nan])[:, None, None, None]
+    data = planted({"key_rank": values}, positions=[[0, 3, 5], [0]], layers=[3])
+    result = attention_maps.query_mean(data, "key_rank", n_tokens=[6, 1])
     close(result["mean"].values.ravel(), [0.3, np.nan])
     close(result["standard_error"].values.ravel(), [np.sqrt(0.02 / 2 * 0.5), np.nan])
 
@@ -303,6 +303,14 @@ def test_head_mean_and_query_mean_by_loops(recording, name):
                 error = 0.0
             elif len(seen) > 1:
                 error = np.sqrt(seen.var(ddof=1) / len(seen) * (1 - m / total))
+                if name.endswith("_mass") and name not in ("far_mass", "chunk_mass") or name == "top_weight":
+                    # Fewer than 20 were drawn: each of those that were not may hold 1 / v.
+                    kind = schema.labels(data["attention_kind"])[column // (values[0, 0].size)]
+                    drawn = set(data["position"].values[sample == number].tolist())
+                    keys = [i % CHUNK + 1 if kind == "rope" else i + 1 for i in range(total) if i not in drawn]
+                    if name == "sink_mass" and kind == "rope":
+                        keys = [i + 1 for i in range(min(total, CHUNK)) if i not in drawn]
+                    error = error if error >= sum(1 / v for v in keys) / total else np.nan
             close(found["mean"][column], mean)
             close(found["standard_error"][column], error, atol=1e-7)
             if len(seen) > 1 and name in ("mean_distance", "key_rank", "top_key"):
@@ -446,6 +454,31 @@ def test_head_similarity_by_loops(recording, of):
 
 
 # Coverage
+
+
+def test_query_mean_withholds_what_a_few_early_queries_decide():
+    """Even attention, 1 / v on each of v keys: most draws miss the first queries, which the mean rests on."""
+    n_tokens, n_queries, n_seeds = 4096, 256, 200
+    random = np.random.default_rng(0)
+    positions = [np.sort(random.choice(n_tokens, n_queries, replace=False)).tolist() for _ in range(n_seeds)]
+    even = np.concatenate([1 / (np.array(own) + 1) for own in positions])
+    steady = 0.3 + 0.2 * np.concatenate([np.sin(np.array(own)) for own in positions])
+    values = np.stack([even, steady], axis=1)[:, None]
+    data = planted({"self_mass": values, "entropy": values}, positions=positions, layers=[3])
+    truth = np.array([(1 / np.arange(1, n_tokens + 1)).mean(), 0.3 + 0.2 * np.sin(np.arange(n_tokens)).mean()])
+
+    naive = attention_maps.query_mean(data, "entropy", n_tokens=[n_tokens] * n_seeds).isel(layer=0)
+    inside = (naive["lower"] <= truth) & (truth <= naive["upper"])
+    assert inside.isel(head=0).mean() < 0.75 and inside.isel(head=1).mean() > 0.9
+
+    result = attention_maps.query_mean(data, "self_mass", n_tokens=[n_tokens] * n_seeds).isel(layer=0)
+    stated = result["lower"].notnull()
+    close(result["mean"], naive["mean"])
+    assert stated.isel(head=1).all(), "where early queries are like the others nothing is withheld"
+    assert stated.isel(head=0).mean() < 0.5
+    inside = ((result["lower"] <= truth) & (truth <= result["upper"])).where(stated)
+    assert inside.mean() > 0.9
+    assert (abs(result["mean"] - truth) / result["standard_error"]).max() < 4
 
 
 def test_query_mean_interval_covers():

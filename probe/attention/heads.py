@@ -24,6 +24,12 @@ from probe.schema import ProbeError, SchemaError
 
 SINK_THRESHOLD = 0.3
 
+OF_ONE_KEY = ("sink_mass", "self_mass", "previous_mass", "offset_mass", "segment_mass", "top_weight")
+"""Statistics that are large, whatever the head does, where a query sees few keys: of v keys one has about 1/v."""
+
+KNOWN_FROM = 20
+"""How many queries that see few keys must have been drawn before the draw knows what they are like."""
+
 
 def query_mean(
     attention: Attention, statistic: str, *, n_tokens: ArrayLike | None = None, level: float = 0.95
@@ -42,7 +48,8 @@ def query_mean(
     Dataset (sample, layer, head, …) in the statistic's units: ``mean``, ``standard_error``, ``lower`` and ``upper``.
     Samples without a recorded query are left out; ``sample`` is the index into ``/samples``. Where all queries of a
     sample were recorded the error is 0 and the bounds are the mean; of a single one of several the error is NaN. NaN
-    where the statistic is defined for none of the recorded queries.
+    where the statistic is defined for none of the recorded queries. Error and bounds of masses on single keys or
+    segments are NaN too where queries that were not drawn could be what matters.
 
     Raises
     ------
@@ -57,6 +64,11 @@ def query_mean(
     errors to both sides, but not beyond what is possible (Cochran 1977, Sampling Techniques, §2.6). Where a statistic
     is undefined for some queries, such as the first of a sample, s and the m under it are of those where it is defined.
     This says how sure the number is for *these* samples; :func:`head_mean` says it for others like them.
+
+    A query that sees v keys gives one of them about 1/v, so that a mean of such masses may rest on the few queries at
+    the beginning of a text, or of a chunk, and a draw that has none of them does not know of it. Error and bounds are
+    withheld where those not drawn, of as few keys as fewer than 20 of the drawn ones see, would move the mean by more
+    than its error at 1/v each.
     """
     Bootstrap(level)
     data = queries_of(attention)
@@ -69,6 +81,9 @@ def query_mean(
         average, variance, n_defined = cells.moments(values)
         of_samples = left_out.reshape(-1, *(1,) * (average.ndim - 1))
         sampling = np.sqrt(divide(variance, n_defined) * of_samples)
+        if statistic in OF_ONE_KEY:
+            unseen = _unseen(data, cells, _tokens_of(attention, cells, n_tokens), layer, statistic)
+            sampling[sampling < unseen.reshape(of_samples.shape)] = np.nan
         sampling[(of_samples == 0) & (n_defined > 0)] = 0
         reach = np.where(n_defined > 1, stdtrit(np.maximum(n_defined - 1, 1), (1 + level) / 2), 0) * sampling
         mean[:, layer], error[:, layer] = average, sampling
@@ -84,6 +99,27 @@ def query_mean(
         "upper": (upper, f"upper bound of the mean: {spec.long_name}", spec.units),
     }
     return xr.Dataset(arrays(data, dims, columns, coords=coords), attrs={"level": level, "statistic": statistic})
+
+
+def _unseen(data: xr.Dataset, cells: Cells, n_tokens: np.ndarray, layer: int, statistic: str) -> np.ndarray:
+    """By how much a mean (cell,) over all queries may exceed the drawn ones': see the notes of :func:`query_mean`."""
+    chunk_size = int(data.attrs.get("chunk_size", 0))
+    is_rope = chunk_size > 0 and schema.labels(data["attention_kind"])[layer] == "rope"
+    position = data["position"].values.astype(np.int64)
+    moved = np.zeros(cells.n_cells)
+    for cell, n in enumerate(n_tokens.astype(int)):
+        own = position[cells.cell == cell]
+        n = max(n, own.max() + 1)  # a cache may have been filled before the recording began
+        is_drawn = np.zeros(n, bool)
+        is_drawn[own] = True
+        n_keys = np.arange(n) % chunk_size + 1 if is_rope else np.arange(n) + 1
+        # In a RoPE layer only the first chunk sees the first token.
+        n_keys = n_keys[:chunk_size] if is_rope and statistic == "sink_mass" else n_keys
+        is_drawn = is_drawn[: len(n_keys)]
+        drawn = np.sort(n_keys[is_drawn])
+        few = drawn[KNOWN_FROM - 1] if len(drawn) >= KNOWN_FROM else np.inf
+        moved[cell] = (1 / n_keys[~is_drawn & (n_keys <= few)]).sum() / n
+    return moved
 
 
 def head_mean(attention: Attention, statistic: str, *, by: str | None = None, level: float = 0.95) -> xr.Dataset:
