@@ -217,6 +217,143 @@ VOCABULARY = {
     "piece": Variable(("entry",), ("str",), "bytes of the token, one character U+0000 to U+00FF for each byte"),
 }
 
+_PER_MATRIX = ("recipe", "layer", "module", "expert")
+_RECIPE = Variable(("recipe",), ("str",), "recipe, or noise floor", coord=True)
+_LAYERS = {
+    "layer": ROUTING["layer"],
+    "attention_kind": Variable(
+        ("layer",), CODE, "rotary (rope) or no (nope) position in attention", coord=True, required=False
+    ),
+}
+_MODULE = Variable(("module",), ("str",), "matrix of a layer", coord=True)
+
+FP8_WEIGHTS = {
+    "sqnr": Variable(_PER_MATRIX, ("float32",), "signal to quantisation noise of the weight", "dB"),
+    "underflow": Variable(_PER_MATRIX, ("float32",), "share of non-zero weights that became zero"),
+    "saturation": Variable(_PER_MATRIX, ("float32",), "share of scaled weights above the format's maximum"),
+    "amax": Variable(_PER_MATRIX, ("float32",), "largest absolute weight"),
+    "dynamic_range": Variable(_PER_MATRIX, ("float32",), "log2 of largest over smallest non-zero magnitude", "bit"),
+    "covered": Variable(("recipe", "layer", "module"), ("bool",), "whether the recipe quantises this matrix"),
+    "head_sqnr": Variable(
+        ("recipe",), ("float32",), "signal to quantisation noise of the output head's weight", "dB", required=False
+    ),
+    "head_underflow": Variable(
+        ("recipe",), ("float32",), "share of the output head's non-zero weights that became zero", required=False
+    ),
+    "head_saturation": Variable(
+        ("recipe",), ("float32",), "share of the output head's scaled weights above the maximum", required=False
+    ),
+    "recipe": _RECIPE,
+    **_LAYERS,
+    "module": _MODULE,
+    "expert": ROUTING["expert"],
+}
+"""Every decoder layer, and every matrix as if the recipe covered it; ``covered`` says whether it does.
+
+A matrix that is one for all experts (attention, router, shared expert, dense MLP) has the same value at each of them. A
+matrix that a layer lacks is NaN.
+"""
+
+_DRIFT = ("recipe", "layer", "site", "mode")
+
+FP8_DRIFT = {
+    "sqnr": Variable(_DRIFT, ("float32",), "norm of the reference over norm of the difference", "dB"),
+    "relative_error": Variable(_DRIFT, ("float32",), "norm of the difference over norm of the reference"),
+    "cosine": Variable(_DRIFT, ("float32",), "cosine between reference and stream"),
+    "logit_kl": Variable(("recipe",), ("float64",), "mean over tokens of KL(reference, stream)", "nat"),
+    "top1_agreement": Variable(("recipe",), ("float64",), "share of tokens with the reference's likeliest next token"),
+    "loss_change": Variable(("recipe",), ("float64",), "mean next token loss minus the reference's", "nat"),
+    "recipe": _RECIPE,
+    **_LAYERS,
+    "site": Variable(("site",), ("str",), "place in the layer", coord=True),
+    "mode": Variable(("mode",), ("str",), "isolated or accumulated", coord=True),
+}
+"""One row for each recipe, and for the noise floors ``bf16`` and ``fp32``; every decoder layer.
+
+``isolated``: the recipe's own module on the reference's input; ``accumulated``: the module within the whole quantised
+model. Where nothing differs ``sqnr`` is infinite. A site that a layer lacks is NaN; what is said of logits is NaN for
+a model without an output head.
+"""
+
+_PER_SAMPLE = ("recipe", "sample")
+
+FP8_SAMPLES = {
+    "logit_kl": Variable(_PER_SAMPLE, ("float64",), "mean over tokens of KL(reference, stream)", "nat"),
+    "top1_agreement": Variable(_PER_SAMPLE, ("float64",), "share of tokens with the reference's likeliest next token"),
+    "loss_change": Variable(_PER_SAMPLE, ("float64",), "mean next token loss minus the reference's", "nat"),
+    "reference_loss": Variable(("sample",), ("float64",), "mean next token loss of the reference", "nat"),
+    "n_cut": Variable(("sample",), ("uint32",), "tokens over the limit, not run", "token"),
+    "text_sha256": SAMPLES["text_sha256"],
+    "recipe": _RECIPE,
+    "sample": SAMPLES["sample"],
+    "name": Variable(("sample",), ("str",), "name of the sample", coord=True),
+    "domain": Variable(("sample",), ("str",), "domain of the sample", coord=True),
+    "n_tokens": Variable(("sample",), ("uint32",), "tokens that were run", "token", coord=True),
+}
+"""Means over a sample's tokens; those of the loss are over tokens that have a next one, NaN where there is none."""
+
+FP8_FLIPS = {
+    "flipped": Variable(("recipe", "token", "layer"), ("bool",), "whether another set of experts was chosen"),
+    "margin_change": Variable(
+        ("recipe", "token", "layer"),
+        ("float32",),
+        "change of the logit of the reference's weakest chosen expert minus that of its best not chosen",
+        "logit",
+    ),
+    "router_margin": Variable(
+        ("token", "layer"), ("float32",), "the reference's weakest chosen minus best not chosen logit", "logit"
+    ),
+    "recipe": _RECIPE,
+    "sample": Variable(("token",), ("uint32",), "index into /fp8_samples", coord=True),
+    "position": ROUTING["position"],
+    "token_id": ROUTING["token_id"],
+    "domain": ROUTING["domain"],
+    **_LAYERS,
+}
+"""One row for each token, MoE layers only; margins are NaN where every expert is chosen."""
+
+_PER_INPUT = ("layer", "module", "expert")
+
+FP8_ACTIVATIONS = {
+    "amax": Variable(_PER_INPUT, ("float32",), "largest absolute value"),
+    "magnitude": Variable((*_PER_INPUT, "percentile"), ("float32",), "absolute value at the percentile"),
+    "outlier_channels": Variable(
+        _PER_INPUT, ("float32",), "channels whose amax exceeds ten times the median channel's", "channel"
+    ),
+    "n_values": Variable(_PER_INPUT, ("uint64",), "values seen"),
+    "saturation": Variable(_PER_MATRIX, ("float32",), "share of scaled values above the format's maximum"),
+    "underflow": Variable(_PER_MATRIX, ("float32",), "share of non-zero values that became zero"),
+    "recipe": _RECIPE,
+    **_LAYERS,
+    "module": Variable(("module",), ("str",), "matrix whose input it is", coord=True),
+    "expert": ROUTING["expert"],
+    "percentile": Variable(("percentile",), ("float64",), "percentile of the absolute values", "%", coord=True),
+}
+"""What enters the matrices of every decoder layer. A routed expert sees its own tokens only; what is one matrix for all
+experts has the same value at each of them. NaN is what a layer lacks, and an expert that no token went to."""
+
+_PER_UNIT = ("unit", "setting")
+
+FP8_SENSITIVITY = {
+    "loss_change": Variable(_PER_UNIT, ("float64",), "mean next token loss minus the reference's", "nat"),
+    "loss_change_lower": Variable(_PER_UNIT, ("float64",), "lower bound of loss_change", "nat"),
+    "loss_change_upper": Variable(_PER_UNIT, ("float64",), "upper bound of loss_change", "nat"),
+    "logit_kl": Variable(_PER_UNIT, ("float64",), "mean over tokens of KL(reference, stream)", "nat"),
+    "logit_kl_lower": Variable(_PER_UNIT, ("float64",), "lower bound of logit_kl", "nat"),
+    "logit_kl_upper": Variable(_PER_UNIT, ("float64",), "upper bound of logit_kl", "nat"),
+    "flip_share": Variable(_PER_UNIT, ("float64",), "share of (token, layer) with another set of experts"),
+    "flip_share_lower": Variable(_PER_UNIT, ("float64",), "lower bound of flip_share"),
+    "flip_share_upper": Variable(_PER_UNIT, ("float64",), "upper bound of flip_share"),
+    "n_weights": Variable(("unit",), ("int64",), "weights in the unit"),
+    "covered": Variable(("unit",), ("bool",), "whether the recipe quantises any of the unit"),
+    "unit": Variable(("unit",), ("str",), "what is quantised, or spared", coord=True),
+    "unit_kind": Variable(("unit",), ("str",), "module, layer, whole or floor", coord=True),
+    "setting": Variable(("setting",), ("str",), "alone or spared", coord=True),
+}
+"""``alone``: only this unit is quantised; ``spared``: the whole recipe but this unit. The whole recipe stands beside
+them as the unit ``everything``, the noise floors as ``bf16`` and ``fp32``. NaN is a unit without weights, a floor that
+is spared, and a bound that is withheld."""
+
 GROUPS: dict[str, dict[str, Variable]] = {
     "routing": ROUTING,
     "samples": SAMPLES,
@@ -224,14 +361,32 @@ GROUPS: dict[str, dict[str, Variable]] = {
     "experts": EXPERTS,
     "attention": ATTENTION,
     "attention_profiles": ATTENTION_PROFILES,
+    "fp8_weights": FP8_WEIGHTS,
+    "fp8_drift": FP8_DRIFT,
+    "fp8_samples": FP8_SAMPLES,
+    "fp8_flips": FP8_FLIPS,
+    "fp8_activations": FP8_ACTIVATIONS,
+    "fp8_sensitivity": FP8_SENSITIVITY,
 }
 
 OPTIONAL_GROUPS = {
     "experts": "record(…, routing=RoutingSpec(expert_outputs=True))",
     "attention": "record(…, attention=AttentionSpec())",
     "attention_profiles": "record(…, attention=AttentionSpec())",
+    "fp8_weights": "fp8_error.weight_error(model)",
+    "fp8_drift": "fp8_error.drift(model, texts)",
+    "fp8_samples": "fp8_error.drift(model, texts)",
+    "fp8_flips": "fp8_error.drift(model, texts)",
+    "fp8_activations": "fp8_error.activation_range(model, texts)",
+    "fp8_sensitivity": "fp8_error.sensitivity(model, texts)",
 }
 """Groups that a recording holds only where it was asked for them, and how to ask."""
+
+FP8_GROUPS = tuple(name for name in GROUPS if name.startswith("fp8_"))
+"""Groups of an FP8 study, which may stand in a DataTree of their own, without a recording."""
+
+DRIFT_GROUPS = ("fp8_drift", "fp8_samples", "fp8_flips")
+"""What :func:`probe.fp8_error.drift` returns: none of them stands without the others."""
 
 ROOT_ATTRIBUTES = (
     "schema_version",
@@ -359,8 +514,19 @@ def pieces(vocabulary: xr.Dataset) -> dict[int, bytes]:
     }
 
 
+def missing_groups(recording: xr.DataTree) -> set[str]:
+    """Groups that a DataTree must have and lacks: those of a recording, unless it is an FP8 study on its own."""
+    there = recording.children.keys()
+    expected = set(GROUPS) - set(OPTIONAL_GROUPS)
+    if there and there <= set(FP8_GROUPS):
+        expected = set()
+    if not there.isdisjoint(DRIFT_GROUPS):
+        expected |= set(DRIFT_GROUPS)
+    return expected - there
+
+
 def validate(recording: xr.DataTree) -> None:
-    """Check that a recording is whole and looks as this module says.
+    """Check that a recording, or an FP8 study, is whole and looks as this module says.
 
     Raises
     ------
@@ -371,10 +537,11 @@ def validate(recording: xr.DataTree) -> None:
     version = recording.attrs.get("schema_version")
     if version is not None and version != SCHEMA_VERSION:
         faults.append(f"schema_version is {version}, this probe reads {SCHEMA_VERSION}")
+    missing = missing_groups(recording)
     for name, specs in GROUPS.items():
         if name in recording.children:
             faults += _variable_faults(name, recording[name].to_dataset(), specs)
-        elif name not in OPTIONAL_GROUPS:
+        elif name in missing:
             faults.append(f"group /{name} is missing")
     if not faults:
         faults = _consistency_faults(recording)
@@ -399,6 +566,15 @@ def _variable_faults(name: str, data: xr.Dataset, specs: Mapping[str, Variable])
 
 
 def _consistency_faults(recording: xr.DataTree) -> list[str]:
+    faults = []
+    if "fp8_drift" in recording.children:
+        faults += _drift_faults(recording)
+    if "routing" in recording.children:
+        faults += _recording_faults(recording)
+    return faults
+
+
+def _recording_faults(recording: xr.DataTree) -> list[str]:
     faults = []
     routing, samples = recording["routing"].to_dataset(), recording["samples"].to_dataset()
     n_rows, n_tokens = routing.sizes["token"], samples["n_tokens"].values.astype(np.int64)
@@ -468,6 +644,24 @@ def _attention_faults(recording: xr.DataTree, n_tokens: np.ndarray) -> list[str]
         faults.append("/attention_profiles/sample_id does not name the samples in /attention")
     elif not np.array_equal(profiles["n_queries"].values, n_queries[profiled]):
         faults.append("/attention_profiles/n_queries does not agree with /attention")
+    return faults
+
+
+def _drift_faults(recording: xr.DataTree) -> list[str]:
+    """Where ``/fp8_drift``, ``/fp8_samples`` and ``/fp8_flips`` do not fit each other."""
+    drift, samples, flips = (recording[name].to_dataset() for name in DRIFT_GROUPS)
+    faults = [
+        f"/{name} and /fp8_drift name different recipes"
+        for name, data in (("fp8_samples", samples), ("fp8_flips", flips))
+        if list(data["recipe"].values) != list(drift["recipe"].values)
+    ]
+    n_tokens, n_rows = samples["n_tokens"].values.astype(np.int64), flips.sizes["token"]
+    if n_tokens.sum() != n_rows:
+        faults.append(f"/fp8_samples counts {n_tokens.sum()} tokens but /fp8_flips holds {n_rows}: it is truncated")
+    elif not np.array_equal(flips["sample"].values, np.repeat(np.arange(len(n_tokens)), n_tokens)):
+        faults.append("/fp8_flips/sample does not agree with /fp8_samples/n_tokens")
+    if unknown := sorted(set(flips["layer"].values.tolist()) - set(drift["layer"].values.tolist())):
+        faults.append(f"/fp8_flips names layers {unknown} that /fp8_drift lacks")
     return faults
 
 

@@ -72,7 +72,7 @@ def open(path: str | Path) -> xr.DataTree:  # noqa: A001 - the public name is pr
 Chunks = dict[str, dict[str, tuple[int, ...]]]
 """Shape of the chunks of each variable, as ``to_zarr`` wants it: {variable: {"chunks": shape}}."""
 
-ROW_DIMS = {"routing": "token", "attention": "query"}
+ROW_DIMS = {"routing": "token", "attention": "query", "fp8_flips": "token"}
 """The dim along which a group has a row for each token."""
 
 
@@ -124,7 +124,7 @@ def _is_recording(path: Path) -> bool:
 
 def _refuse_damage(path: Path, recording: xr.DataTree) -> None:
     """Raise a StoreError that names the arrays of a recording of which not every chunk is there."""
-    if not schema.GROUPS.keys() - schema.OPTIONAL_GROUPS.keys() <= recording.children.keys():
+    if schema.missing_groups(recording):
         return  # no recording of ours, which may leave out empty chunks: what it lacks says the schema
     root = zarr.open_group(path, mode="r")
     arrays = {name: node for name, node in root.members(max_depth=None) if isinstance(node, zarr.Array)}
