@@ -43,6 +43,8 @@ PATTERN_TOKENS = 1024
 """Longest text whose full pattern is kept."""
 
 MAX_MAP = 512
+MAX_TOP_KEYS = 64
+MAX_OFFSET = (1 << 31) - 1
 
 Segment = tuple[int, int]
 
@@ -65,7 +67,7 @@ class AttentionSpec:
     segments : stretches of the text, (start, stop) token positions by name, the same for all texts or one for each:
         ``{"begin": (0, 10), "needle": [(40, 52), (7, 19)]}``. Recorded are ``segment_mass`` and ``key_rank``.
     offsets : distances from query back to key, for ``offset_mass``.
-    top_keys : how many of the heaviest keys ``top_key`` lists.
+    top_keys : how many of the heaviest keys ``top_key`` lists; 64 at most.
 
     Raises
     ------
@@ -83,17 +85,33 @@ class AttentionSpec:
     top_keys: int = 1
 
     def __post_init__(self) -> None:
-        named = (*PER_QUERY, *PROFILES, *MAPS) if self.statistics == "all" else self.statistics
-        names = (named,) if isinstance(named, str) else tuple(named)
+        named: Any = self.statistics
+        if isinstance(named, str):
+            named = (*PER_QUERY, *PROFILES, *MAPS) if named == "all" else (named,)
+        names = _several(named, "statistics", "names of variables")
+        if "all" in names:
+            raise RecordingError('statistics="all" stands by itself: add "pattern" to a list of names instead')
+        if not isinstance(self.segments, Mapping) or not all(isinstance(name, str) for name in self.segments):
+            raise RecordingError(
+                f"segments must be (start, stop) by name, as in {{'begin': (0, 10)}}: {self.segments!r}"
+            )
+        offsets = tuple(_whole(offset, "offsets") for offset in _several(self.offsets, "offsets", "whole numbers"))
+        if len(set(offsets)) < len(offsets) or max(offsets, default=0) > MAX_OFFSET:
+            raise RecordingError(
+                f"offsets must be different distances in tokens, of {MAX_OFFSET} at most: got {offsets}"
+            )
+        if negative := [offset for offset in offsets if offset < 0]:
+            raise RecordingError(f"offsets count back from the query, so they are 0 or more, got {negative[0]}")
+        object.__setattr__(self, "offsets", offsets)
         if unknown := [name for name in names if name not in STATISTICS]:
             raise RecordingError(f"attention has no statistic {unknown[0]!r}: known are {', '.join(STATISTICS)}")
         if not (names or self.segments or self.offsets):
             raise RecordingError("this AttentionSpec leaves nothing to record: name statistics, segments or offsets")
         for own, needed in ((OF_SEGMENTS, "segments"), (OF_OFFSETS, "offsets")):
-            named_here = [name for name in own if name in names]
-            if named_here and not getattr(self, needed):
+            named_here, given = [name for name in own if name in names], getattr(self, needed)
+            if named_here and not given:
                 raise RecordingError(f"{named_here[0]} needs {needed}=, and this AttentionSpec has none")
-            if getattr(self, needed) and not named_here:
+            if given and not named_here:
                 names += own
         for pair in TOGETHER:
             names += pair if set(pair) & set(names) else ()
@@ -104,12 +122,12 @@ class AttentionSpec:
                 continue
             if _whole(value, name) < least:
                 raise RecordingError(f"{name} must be at least {least}, got {value}")
-        if self.map_size > MAX_MAP:
-            raise RecordingError(f"map_size is {self.map_size}, but maps have at most {MAX_MAP} bins")
-        offsets = tuple(_whole(offset, "offsets") for offset in self.offsets)
-        if negative := [offset for offset in offsets if offset < 0]:
-            raise RecordingError(f"offsets count back from the query, so they are 0 or more, got {negative[0]}")
-        object.__setattr__(self, "offsets", offsets)
+        for name, most in (("map_size", MAX_MAP), ("top_keys", MAX_TOP_KEYS)):
+            if getattr(self, name) > most:
+                raise RecordingError(f"{name} is {getattr(self, name)}, it can be {most} at most")
+        if self.layers is not None:
+            layers = _several(self.layers, "layers", "indices of decoder layers")
+            object.__setattr__(self, "layers", [_whole(layer, "layers") for layer in layers])
         object.__setattr__(self, "segments", {name: _spans(name, given) for name, given in self.segments.items()})
 
     def segments_of(self, sample: int) -> list[Segment]:
@@ -146,7 +164,15 @@ class AttentionSpec:
             )
 
 
+def _several(given: Any, name: str, what: str) -> tuple[Any, ...]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise RecordingError(f"{name} must be a sequence of {what}, got {given!r}")
+    return tuple(given)
+
+
 def _whole(value: Any, name: str) -> int:
+    if isinstance(value, bool):
+        raise RecordingError(f"{name} must be whole numbers, got {value!r}")
     try:
         return operator.index(value)
     except TypeError as error:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from threading import Lock, get_ident
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,26 @@ class _KnownCache:
 
     samples: np.ndarray
     length: int
+
+
+_RECORDING: weakref.WeakKeyDictionary[Llama4TextModel, list[int]] = weakref.WeakKeyDictionary()
+"""Of every decoder that is being recorded, the threads whose recorders do it, one for each recorder."""
+
+_CLAIMING = Lock()
+
+
+def _claim(decoder: Llama4TextModel) -> None:
+    """Note that this thread records the decoder; raise a RecordingError if another one does.
+
+    Recorders put back what they changed in the order of nesting, which two threads do not keep.
+    """
+    with _CLAIMING:
+        threads = _RECORDING.setdefault(decoder, [])
+        if any(thread != get_ident() for thread in threads):
+            raise RecordingError(
+                "another thread is recording this model: wait until it is done, or give each thread a model of its own"
+            )
+        threads.append(get_ident())
 
 
 class Recorder:
@@ -146,6 +167,7 @@ class Recorder:
         if self._handles:
             raise RecordingError("this recorder is running already: use a second Recorder to nest")
         decoder = self._decoder
+        _claim(decoder)
         for module in self._model.modules():
             if isinstance(module, Llama4ForConditionalGeneration):
                 self._handles.append(module.register_forward_pre_hook(self._on_model_start, with_kwargs=True))
@@ -163,6 +185,8 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._handles:
+            _RECORDING[self._decoder].pop()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

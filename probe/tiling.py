@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from probe.tiles import walk as plain
 from probe.tiles.strip import ALIGNMENT, HIDDEN, TILE_KEYS, Attending, Scratch, Strip
-from probe.tiles.walk import Sought, Walked
+from probe.tiles.walk import Sought, Walked, normalized
 
 BLOCK = 64
 """Keys in one block, unless a map has finer cells."""
@@ -167,17 +168,23 @@ def _in_threads(function: Callable[[T], R], parts: list[T]) -> list[R]:
     """What ``function`` returns of each part, each in a thread of its own.
 
     torch would split every small operation among its own threads, which cost more than they gain, and spin on the
-    cores that these threads need: it is held to one while they run.
+    cores that these threads need. So each of them is told to use one; other threads keep what they have.
     """
     if len(parts) == 1:
         return [function(parts[0])]
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(len(parts), thread_name_prefix="probe-tiling") as pool:
-            return list(pool.map(function, parts))
-    finally:
+    ready = Barrier(len(parts) + 1)
+
+    def alone() -> None:
+        # Of the calling thread, and of threads that have not used torch yet: for these it is put right below.
+        torch.set_num_threads(1)
+        ready.wait()
+
+    with ThreadPoolExecutor(len(parts), thread_name_prefix="probe-tiling", initializer=alone) as pool:
+        done = [pool.submit(function, part) for part in parts]
+        ready.wait()
         torch.set_num_threads(n_threads)
+        return [one.result() for one in done]
 
 
 def query_tiles(position: Tensor, first: Tensor, n_rows: int) -> Iterator[slice]:
@@ -212,13 +219,18 @@ def _reduce_strip(strip: Strip, wanted: Wanted, totals: _Totals) -> dict[str, Te
         else:
             heaviest = strip.query.new_zeros(*strip.shape, 0)
         walked = _walk(strip)(strip, Sought(wanted.names, edges, heaviest, wanted.top_keys))
+        total = walked.sums.sum(dim=-1)
+        walked = normalized(walked, total)
+        rows = {
+            name: weight / (total if weight.ndim == total.ndim else total[..., None]) for name, weight in rows.items()
+        }
         far, ends, by_distance = walked.before.split([n_far, n_ends, len(edges) - n_far - n_ends])
         start, stop = ends.unflatten(0, (-1, 2)).unbind(dim=1)
         rows |= {
             "entropy": walked.entropy.clamp(min=0) * math.log(2),
-            "mean_distance": walked.mean_distance,
+            "mean_distance": walked.mean_distance.clamp(min=0),
             "far_mass": far[0],
-            "chunk_mass": walked.sums.sum(dim=-1) - far[0],
+            "chunk_mass": (1 - far[0]).clamp(min=0),
             "segment_mass": (stop - start).clamp(min=0).movedim(0, -1),
             # No key of the segment is visible where it has no heaviest.
             "key_rank": walked.rank.masked_fill(heaviest == HIDDEN, torch.nan),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -934,6 +935,32 @@ def test_recording_the_attention_changes_no_routing():
     np.testing.assert_allclose(beside["router_logit"], plain["router_logit"], atol=4e-3)
 
 
+def test_offsets_and_layers_may_be_arrays():
+    trace = recorded(random_model(), random_ids(12), attention=spec(offsets=np.array([1, 3]), layers=np.array([0, 1])))
+    assert trace["attention"]["offset"].values.tolist() == [1, 3]
+    assert trace["attention"]["layer"].values.tolist() == [0, 1]
+
+
+def test_another_thread_cannot_record_the_same_model():
+    model, failed = random_model(), []
+
+    def other() -> None:
+        try:
+            probe.record(model, random_ids(9), progress=False)
+        except probe.ProbeError as error:
+            failed.append(str(error))
+
+    with probe.Recorder(model), probe.Recorder(model, attention=True):  # the same thread may nest
+        thread = Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(failed) == 1 and "another thread is recording this model" in failed[0]
+    thread = Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(failed) == 1, "once it is done, any thread may"
+
+
 # What cannot be
 
 
@@ -960,6 +987,20 @@ def test_recording_the_attention_changes_no_routing():
         (dict(statistics=("segment_mass",), segments=None), "segment"),
         (dict(statistics=("key_rank",), segments=None), "segment"),
         (dict(statistics=("offset_mass",), offsets=()), "offset"),
+        (dict(statistics=("all",)), "all"),
+        (dict(statistics=5), "statistics"),
+        (dict(statistics=None), "statistics"),
+        (dict(layers="all"), "layers.*'all'"),
+        (dict(layers=3), "layers.*3"),
+        (dict(queries=True), "queries.*True"),
+        (dict(top_keys=65), "top_keys is 65.*64"),
+        (dict(offsets=3), "offsets.*3"),
+        (dict(offsets=None), "offsets"),
+        (dict(offsets="12"), "offsets.*'12'"),
+        (dict(offsets=(1, 1)), "offsets.*different"),
+        (dict(offsets=(10**30,)), "offsets.*at most"),
+        (dict(segments=[("needle", (0, 1))]), "segments.*by name"),
+        (dict(segments={5: (0, 1)}), "segments.*by name"),
     ],
 )
 def test_what_cannot_be_recorded_is_named_before_anything_runs(options, message):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ from probe.tiles import compiled
 from probe.tiles import walk as plain
 from probe.tiles.strip import Attending
 
+ROOT = Path(__file__).parents[1]
 NAMES = frozenset(
     ("entropy", "sink_mass", "self_mass", "previous_mass", "offset_mass", "chunk_mass", "far_mass", "mean_distance")
     + ("segment_mass", "key_rank", "top_key", "top_weight", "distance_mass", "received_mass", "map_sum", "map_max")
@@ -157,3 +164,61 @@ def test_threads_add_up_to_the_same_and_leave_torch_as_it_was(monkeypatch):
     for name, values in together[0].sums.items():
         torch.testing.assert_close(alone[0].sums[name], values, msg=name)
         assert torch.equal(values, together[1].sums[name]), name
+
+
+def test_large_logits_keep_weights_that_sum_to_one(walk):
+    """A log-sum-exp of a thousand has no digit beyond 1e-4 in float32, and is handed over by the kernel so."""
+    text = attending(n_keys=300, spread=25.0)
+    key = text.key.repeat_interleave(2, dim=0)
+    logits = (text.query @ key.mT * text.scaling).masked_fill(torch.ones(300, 300).triu(1).bool(), -torch.inf)
+    text = replace(text, log_sum_exp=logits.logsumexp(dim=-1) * (1 + 2e-7))
+    names = frozenset({"chunk_mass", "far_mass", "top_key", "top_weight", "self_mass", "segment_mass", "entropy"})
+    rows = tiling.reduce_attention(text, tiling.Wanted(names, ((0, 300),))).rows
+    weights = torch.from_numpy(dense(text)).movedim(1, 0)
+    torch.testing.assert_close(rows["segment_mass"][..., 0], torch.ones(300, 4), atol=1e-6, rtol=0)
+    assert rows["top_weight"].max() <= 1 + 1e-6 and rows["entropy"].min() >= 0
+    torch.testing.assert_close(rows["top_weight"][..., 0].double(), weights.amax(dim=-1), atol=1e-3, rtol=0)
+
+
+def test_a_cache_that_cannot_be_read_or_written_is_no_reason_to_stop(tmp_path):
+    """numba keeps compiled code on disk; a full disk and a damaged file must not keep anyone from recording."""
+    program = "import torch; from tests.test_tiling import attending, tiling, NAMES;"
+    program += "print(tiling.reduce_attention(attending(n_keys=70), tiling.Wanted(NAMES)).rows['entropy'].sum().item())"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    printed = []
+    for damage in ("none", "emptied", "unwritable"):
+        for kept in tmp_path.rglob("*.nb*"):
+            kept.write_bytes(b"")
+        limit = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-"] if damage == "unwritable" else []
+        if damage == "unwritable":
+            shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
+        command = [*limit, sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert len(set(printed)) == 1
+
+
+def test_other_threads_keep_their_threads(monkeypatch):
+    """A thread that first uses torch while statistics are computed is not held to one thread for ever."""
+    monkeypatch.setattr(tiling, "TILES_PER_THREAD", 1)
+    before, seen, stop = torch.get_num_threads(), [], Event()
+    torch.set_num_threads(2)
+
+    def others() -> None:
+        while not stop.is_set():
+            other = Thread(target=lambda: seen.append(torch.get_num_threads()))
+            other.start()
+            other.join()
+            stop.wait(0.002)
+
+    watcher = Thread(target=others)
+    try:
+        watcher.start()
+        tiling.reduce_attention(attending(n_keys=6000), tiling.Wanted(NAMES))
+    finally:
+        stop.set()
+        watcher.join()
+        torch.set_num_threads(before)
+    assert len(seen) > 10 and np.mean(np.array(seen) == 2) > 0.8

@@ -32,18 +32,26 @@ _NO_EDGE = 1 << 62
 _VECTOR = 8
 
 
+_F4, _F8, _I8 = numba.float32, numba.float64, numba.int64
+_ROWS = _F4[:, ::1]
+_SIGNATURE = numba.void(
+    _F4[:, :, ::1], _I8, _I8, _I8, _I8[::1], _I8[::1], _I8[:, ::1], _ROWS,
+    _ROWS, _ROWS, _F8[::1], _I8[::1], _ROWS, _F8[::1], _F8[::1], _ROWS, _I8[:, ::1], _ROWS,
+)  # fmt: skip
+
+
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """``function`` compiled at its first call, and kept on disk where there is a place to keep it."""
+    """``function`` compiled, and kept on disk where there is a place to keep it."""
     # Sums may be reordered, which vectorises them; NaN and infinity are left alone.
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
     try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return numba.njit(**options)(function)
+        return numba.njit(_SIGNATURE, cache=True, **options)(function)
+    except Exception:  # whatever is wrong with the cache (no place, no room, a damaged file) is no reason to stop
+        return numba.njit(_SIGNATURE, **options)(function)
 
 
 @_compiled
-def _walk_tile(  # type: ignore[no-untyped-def]  # numba infers the types
+def _walk_tile(  # type: ignore[no-untyped-def]  # numba's types are above
     log_weight, start, begin, block, position, first, edges, heaviest,
     sums, maxima, running, at_edge, before, entropy, mean_distance, rank, top_key, top_weight,
 ):  # fmt: skip
@@ -131,10 +139,10 @@ def _walk_tile(  # type: ignore[no-untyped-def]  # numba infers the types
 def walk(strip: Strip, sought: Sought) -> Walked:
     """Walk through a strip's keys once, tile after tile; the same as :func:`probe.tiles.walk.walk`, on a CPU."""
     n_rows = strip.query[..., 0].numel()
-    position, first = strip.position.numpy(), strip.first.numpy()
+    position, first = strip.position.contiguous().numpy(), strip.first.contiguous().numpy()
     order = sought.edges.argsort(dim=0, stable=True)
     edges = np.ascontiguousarray(sought.edges.gather(0, order).T.numpy())
-    heaviest = sought.heaviest.flatten(0, -2).numpy()
+    heaviest = sought.heaviest.flatten(0, -2).contiguous().numpy()
     results = {
         "sums": np.zeros((n_rows, strip.n_blocks), np.float32),
         "maxima": np.full((n_rows, strip.n_blocks), _HIDDEN),

@@ -49,6 +49,24 @@ class Walked:
     top_weight: Tensor
 
 
+def normalized(walked: Walked, total: Tensor) -> Walked:
+    """With weights that sum to 1, from such as sum to ``total`` (K, G, t).
+
+    The kernel's log-sum-exp is rounded to float32: at logits of hundreds that is 1e-5 of every weight and more.
+    """
+    each = total[..., None]
+    return Walked(
+        walked.sums / each,
+        walked.maxima - each.log2(),
+        walked.before / total,
+        walked.entropy / total + total.log2(),
+        walked.mean_distance / total,
+        walked.rank,
+        walked.top_key,
+        walked.top_weight / each,
+    )
+
+
 NEED_MAXIMA = {"top_key", "map_max"}
 """Statistics that are read off the maxima of blocks."""
 
