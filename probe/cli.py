@@ -18,7 +18,8 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     import xarray as xr
 
-    from probe.corpus import BadLine
+    from probe.corpus import BadLine, Corpus
+    from probe.models import LoadedModel
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -102,6 +103,12 @@ def report(
             show_default="all if no text has over 1,024 tokens, else 256",
         ),
     ] = None,
+    fp8_recipes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fp8", metavar="RECIPE", help="Also what FP8 does to the model, as probe fp8; may be given several times."
+        ),
+    ] = None,
     store: Annotated[
         Path | None, typer.Option("--from", help="Report on a recording made earlier; no model is run.")
     ] = None,
@@ -114,8 +121,13 @@ def report(
     check_folder(out)  # now, and not after an hour of recording
     problems: Sequence[BadLine] = ()
     if store is not None:
-        given = {"MODEL": model, "--corpus": corpus, "--domain-column": domain_column, "--max-tokens": max_tokens}
-        given |= {"--batch-size": batch_size, "--dtype": dtype}
+        given: dict[str, object] = {
+            "MODEL": model,
+            "--corpus": corpus,
+            "--domain-column": domain_column,
+            "--max-tokens": max_tokens,
+        }
+        given |= {"--batch-size": batch_size, "--dtype": dtype, "--fp8": fp8_recipes}
         _refuse_beside_from(given | {"--attention": attention or None, "--attention-queries": attention_queries})
         recording = _open(store)
     else:
@@ -127,11 +139,96 @@ def report(
             options={"max_tokens": max_tokens, "batch_size": batch_size},
             attention=attention,
             queries=attention_queries,
+            recipes=fp8_recipes or (),
         )
     import probe
 
     page = probe.write_report(recording, out, problems=problems, progress=True)
     typer.echo(f"Report: {page} ({_size(recording)}{_left_out(problems)})")
+
+
+@app.command()
+def fp8(
+    model: Annotated[
+        str | None, typer.Argument(help="Shipped model, local folder or hub id.", show_default="tiny-scout")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What is rounded, and how; may be given several times, and the first one's parts are tried one by "
+            "one. An unknown one lists those that there are.",
+            show_default="meta",
+        ),
+    ] = None,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="JSONL, Parquet or text file, or a folder of them; may be given several times.",
+            show_default="the bundled corpus",
+        ),
+    ] = None,
+    domain_column: Annotated[
+        str | None, typer.Option(help="Column that names each record's domain.", show_default="domain")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write; an earlier report in it is replaced.")] = Path(
+        "fp8-report"
+    ),
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of the study: one document of each domain in turn, until so many.",
+            show_default="10,000",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens kept of each text.", show_default="so many that each domain has five documents"
+        ),
+    ] = None,
+    no_sensitivity: Annotated[
+        bool, typer.Option("--no-sensitivity", help="Do not try parts one by one, which takes most of the time.")
+    ] = False,
+    no_activations: Annotated[
+        bool, typer.Option("--no-activations", help="Do not measure the range of the activations.")
+    ] = False,
+    store: Annotated[
+        Path | None, typer.Option("--from", help="Report on a study made earlier; no model is run.")
+    ] = None,
+) -> None:
+    """Measure what FP8 does to a model (drift, routing flips, which part cannot take it) and write the report."""
+    from probe.report import check_folder
+
+    check_folder(out)
+    problems: Sequence[BadLine] = ()
+    if store is not None:
+        given: dict[str, object] = {
+            "MODEL": model,
+            "--recipe": recipe,
+            "--corpus": corpus,
+            "--domain-column": domain_column,
+        }
+        given |= {"--tokens": tokens, "--max-tokens": max_tokens, "--no-sensitivity": no_sensitivity or None}
+        _refuse_beside_from(given | {"--no-activations": no_activations or None})
+        from probe.fp8_study import alone
+
+        study = alone(_open(store))
+    else:
+        left_out = {"sensitivity": no_sensitivity, "activations": no_activations}
+        study, problems = _study_alone(
+            model or "tiny-scout",
+            corpus,
+            domain_column=domain_column,
+            recipes=recipe or ["meta"],
+            options={"n_tokens": tokens, "max_tokens": max_tokens},
+            leave_out=[name for name, is_left_out in left_out.items() if is_left_out],
+        )
+    import probe
+
+    page = probe.write_report(study, out, problems=problems, progress=True)
+    typer.echo(f"Report: {page} ({_size(study)}{_left_out(problems)})")
 
 
 @app.command()
@@ -189,27 +286,21 @@ def _record(
     options: Mapping[str, Any],
     attention: bool,
     queries: int | None,
+    recipes: Sequence[str],
 ) -> tuple[xr.DataTree, Sequence[BadLine]]:
-    """Read the corpus first, so that what is wrong with it shows before a model is loaded."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    from probe.corpus import bundled_corpus, read_corpus
-
-    status = Console(stderr=True).status
-    with status("Reading the corpus"):
-        texts = read_corpus(corpus or bundled_corpus(), domain_column=domain_column)
-    _warn(texts.problems)
-
-    with status("Starting up"):
-        import probe
-    with status(f"Loading {escape(model)}"):
-        loaded = probe.load(model, dtype=dtype and dtype.value)
+    if recipes:
+        _check_recipes(recipes)
+    texts = _read(corpus, domain_column=domain_column)
+    loaded = _load(model, dtype=dtype and dtype.value)
     given = {name: value for name, value in options.items() if value is not None}
     if attention:
         from probe.report_attention import choose_spec
 
         given["attention"] = choose_spec(loaded, texts.texts, queries=queries, max_tokens=options["max_tokens"])
+    # The study first: it refuses models and texts that the recording takes.
+    study = _study(loaded, texts, recipes, max_tokens=options["max_tokens"]) if recipes else None
+    import probe
+
     recording = probe.record(
         loaded,
         texts.texts,
@@ -218,7 +309,76 @@ def _record(
         progress=True,
         **given,
     )
+    if study is not None:
+        from probe.fp8_study import joined
+
+        recording = joined(recording, study)
     return recording, texts.problems
+
+
+def _study_alone(
+    model: str,
+    corpus: Sequence[Path] | None,
+    *,
+    domain_column: str | None,
+    recipes: Sequence[str],
+    options: Mapping[str, Any],
+    leave_out: Sequence[str],
+) -> tuple[xr.DataTree, Sequence[BadLine]]:
+    _check_recipes(recipes)
+    texts = _read(corpus, domain_column=domain_column)
+    given = {name: value for name, value in options.items() if value is not None}
+    return _study(_load(model), texts, recipes, leave_out=leave_out, **given), texts.problems
+
+
+def _check_recipes(recipes: Sequence[str]) -> None:
+    """Raise a ProbeError for a recipe that is not known, or given twice."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("Starting up"):
+        from probe.fp8.streams import resolved
+    resolved(recipes)
+
+
+def _read(corpus: Sequence[Path] | None, *, domain_column: str | None) -> Corpus:
+    """Read the corpus first, so that what is wrong with it shows before a model is loaded."""
+    from rich.console import Console
+
+    from probe.corpus import bundled_corpus, read_corpus
+
+    with Console(stderr=True).status("Reading the corpus"):
+        texts = read_corpus(corpus or bundled_corpus(), domain_column=domain_column)
+    _warn(texts.problems)
+    return texts
+
+
+def _load(model: str, **options: Any) -> LoadedModel:
+    from rich.console import Console
+    from rich.markup import escape
+
+    status = Console(stderr=True).status
+    with status("Starting up"):
+        import probe
+    with status(f"Loading {escape(model)}"):
+        return probe.load(model, **options)
+
+
+def _study(
+    model: LoadedModel, texts: Corpus, recipes: Sequence[str], *, leave_out: Sequence[str] = (), **options: Any
+) -> xr.DataTree:
+    """An FP8 study of some of the texts."""
+    from rich.console import Console
+
+    from probe import fp8_study
+
+    console = Console(stderr=True)
+    return fp8_study.study(
+        model,
+        fp8_study.choose_documents(texts, model.tokenizer, **options),
+        recipes=recipes,
+        leave_out=leave_out,
+        progress=lambda step: console.print(step, markup=False, highlight=False),
+    )
 
 
 def _open(store: Path) -> xr.DataTree:
@@ -254,8 +414,11 @@ def _refuse_queries_alone() -> None:
 def _size(recording: xr.DataTree) -> str:
     from probe.findings import counted
 
-    documents, tokens = recording["samples"].sizes["sample"], recording["routing"].sizes["token"]
-    return f"{counted(documents, 'document')}, {counted(tokens, 'token')}"
+    name = next((name for name in ("samples", "fp8_samples") if name in recording.children), None)
+    if name is None:
+        return "an FP8 study without texts"
+    samples = recording[name]
+    return f"{counted(samples.sizes['sample'], 'document')}, {counted(int(samples['n_tokens'].sum()), 'token')}"
 
 
 def _left_out(problems: Sequence[BadLine]) -> str:

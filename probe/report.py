@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from probe import (
     findings,
+    fp8_findings,
     report_attention,
     report_card,
+    report_fp8,
     report_sections,
     routing_stats,
     schema,
@@ -62,11 +64,11 @@ def write_report(
     problems: Sequence[BadLine] = (),
     progress: bool = False,
 ) -> Path:
-    """Write ``index.html``, ``routing.zarr``, ``tables/`` and ``summary.json``.
+    """Write ``index.html``, ``tables/``, ``summary.json`` and the recording, ``routing.zarr`` (a study: ``fp8.zarr``).
 
     Parameters
     ----------
-    recording : a whole recording.
+    recording : a whole recording; or an FP8 study by itself, which has a page of its own.
     folder : where to; made if it is not there, and what it holds under these names is replaced.
     problems : lines of the corpus that could not be used; they are counted on the page and listed in the summary.
     progress : show a progress bar.
@@ -83,7 +85,8 @@ def write_report(
         If it holds no token, or if ``folder`` is no place for a report: see :func:`check_folder`.
     """
     schema.validate(recording)
-    if not schema.group(recording, "routing").sizes["token"]:
+    is_study = "routing" not in recording.children
+    if not is_study and not schema.group(recording, "routing").sizes["token"]:
         raise ProbeError(
             "this recording holds no token, so there is nothing to report: check the corpus that was recorded"
         )
@@ -91,18 +94,19 @@ def write_report(
     check_folder(folder)
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     page = folder / "index.html"
-    n_steps = len(_STATISTICS) + len(report_attention.plan(recording)) + len(_OTHER_STEPS)
+    n_steps = (0 if is_study else len(_STATISTICS)) + len(_optional(recording)) + len(_OTHER_STEPS)
     with _progress(progress, n_steps=n_steps) as step:
         results = compute(recording, step=step)
-        found = findings.find(results)
+        found = fp8_findings.find(results) if is_study else find(results)
         step("tables")
         write_tables(results, recording, folder / "tables", makers=_MAKERS)
-        summary = summarize(recording, found, problems)
+        summary = summarize(recording, results, found, problems=problems)
         (folder / "summary.json").write_text(strict_json(summary), encoding="utf-8")
         step("page")
-        page.write_text(render(recording, results, found, summary, problems), encoding="utf-8")
+        draw = render_study if is_study else render
+        page.write_text(draw(recording, results, found, summary, problems), encoding="utf-8")
         step("store")
-        store.save(recording, folder / "routing.zarr")
+        store.save(recording, folder / ("fp8.zarr" if is_study else "routing.zarr"))
     return page
 
 
@@ -172,9 +176,11 @@ _STATISTICS: dict[str, Callable[..., xr.Dataset]] = {
 
 _OTHER_STEPS = ("tables", "page", "store")
 
-_MAKERS = {name: f"routing_stats.{name}" for name in _STATISTICS} | {
-    name: f"attention_maps.{function}" for name, function in report_attention.FUNCTIONS.items()
-}
+_MAKERS = (
+    {name: f"routing_stats.{name}" for name in _STATISTICS}
+    | {name: f"attention_maps.{function}" for name, function in report_attention.FUNCTIONS.items()}
+    | {name: f"fp8_error.{function}" for name, function in report_fp8.FUNCTIONS.items()}
+)
 """Where each statistic that a report may hold comes from."""
 
 
@@ -184,14 +190,30 @@ def compute(
     """Every statistic of the report under the name of its function.
 
     ``specialization`` only for two domains or more; ``mutual_information`` has a dim ``label``, the domain among them
-    only then. What starts with ``attention_`` only where that was recorded; see :mod:`probe.report_attention`.
+    only then. What starts with ``attention_`` or ``fp8_`` only where that was recorded; see
+    :mod:`probe.report_attention` and :mod:`probe.report_fp8`. Of an FP8 study by itself there is nothing else.
 
     Parameters
     ----------
-    recording : a whole recording.
+    recording : a whole recording, or an FP8 study.
     permutations : False leaves out what needs permutations, the p-values and nulls of domains and tokens: they are NaN.
     step : called with the name of each statistic before it is computed.
     """
+    results: Results = {}
+    if "routing" in recording.children:
+        results |= _routing_results(recording, permutations=permutations, step=step)
+    for name, compute_one in _optional(recording).items():
+        step(name.replace("_", " "))
+        results[name] = compute_one()
+    return results
+
+
+def _optional(recording: xr.DataTree) -> dict[str, Callable[[], xr.Dataset]]:
+    """What is computed of the parts that not every recording has, by name."""
+    return report_attention.plan(recording) | report_fp8.plan(recording)
+
+
+def _routing_results(recording: xr.DataTree, *, permutations: bool, step: Callable[[str], None]) -> Results:
     several_domains = len(_domains(recording)) > 1
     rows = grouped(recording).kept("expert_index")  # so that they are read, and documents counted, only once
     options: dict[str, dict[str, Any]] = {
@@ -209,10 +231,13 @@ def compute(
         step(name.replace("_", " "))
         if name != "specialization" or several_domains:
             results[name] = statistic(rows, **options.get(name, {}))
-    for name, compute_one in report_attention.plan(recording).items():
-        step(name.replace("_", " "))
-        results[name] = compute_one()
     return results
+
+
+def find(results: Results) -> list[findings.Finding]:
+    """The findings on routing; where FP8 was studied its answer stands in the place of the last of them."""
+    answer = fp8_findings.find(results)[:1]
+    return [*findings.find(results)[: findings.MAX_FINDINGS - len(answer)], *answer]
 
 
 def _information(routing: Routing, *, permutations: Mapping[str, int]) -> xr.Dataset:
@@ -246,23 +271,22 @@ def _domains(recording: xr.DataTree) -> list[str]:
     return list(dict.fromkeys(samples["domain"].values[samples["n_tokens"].values > 0].astype(object).tolist()))
 
 
-def summarize(recording: xr.DataTree, found: Sequence[findings.Finding], problems: Sequence[BadLine]) -> dict[str, Any]:
-    """What a program wants to know: attributes, counts, findings and problems; of attention where it was recorded."""
-    samples, routing = schema.group(recording, "samples"), schema.group(recording, "routing")
-    cut = samples["n_cut"].values
-    attention = report_attention.summarize(recording)
+def summarize(
+    recording: xr.DataTree,
+    results: Results,
+    found: Sequence[findings.Finding],
+    *,
+    problems: Sequence[BadLine] = (),
+) -> dict[str, Any]:
+    """What a program wants to know: attributes, counts, findings and problems; of attention and FP8 where they are."""
+    parts = {
+        "counts": _counts(recording) if "routing" in recording.children else None,
+        "attention": report_attention.summarize(recording),
+        "fp8": report_fp8.summarize(recording, results),
+    }
     return {
         "recording": {name: recording.attrs[name] for name in schema.ROOT_ATTRIBUTES},
-        "counts": {
-            "tokens": int(samples["n_tokens"].sum()),
-            "documents": int((samples["n_tokens"] > 0).sum()),
-            "domains": len(_domains(recording)),
-            "documents_cut": int((cut > 0).sum()),
-            "tokens_cut": int(cut.sum()),
-            "layers": routing.sizes["layer"],
-            "experts": routing.sizes["expert"],
-        },
-        **({"attention": attention} if attention is not None else {}),
+        **{name: part for name, part in parts.items() if part is not None},
         "findings": [asdict(finding) for finding in found],
         "problems": {
             "count": len(problems),
@@ -270,6 +294,21 @@ def summarize(recording: xr.DataTree, found: Sequence[findings.Finding], problem
                 {"file": str(bad.path), "line": bad.line, "reason": bad.reason} for bad in problems[:PROBLEMS_LISTED]
             ],
         },
+    }
+
+
+def _counts(recording: xr.DataTree) -> dict[str, int]:
+    """How much of everything was recorded."""
+    samples, routing = schema.group(recording, "samples"), schema.group(recording, "routing")
+    cut = samples["n_cut"].values
+    return {
+        "tokens": int(samples["n_tokens"].sum()),
+        "documents": int((samples["n_tokens"] > 0).sum()),
+        "domains": len(_domains(recording)),
+        "documents_cut": int((cut > 0).sum()),
+        "tokens_cut": int(cut.sum()),
+        "layers": routing.sizes["layer"],
+        "experts": routing.sizes["expert"],
     }
 
 
@@ -301,14 +340,7 @@ def render(
     """The page as one string of HTML; ``summary`` is that of :func:`summarize`."""
     pointed = _pointed(found)
     layer, expert = _first_card(results["load_interval"], found)
-    environment = Environment(
-        loader=FileSystemLoader(text_view.ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return _template("report.html.j2").render(
         model=str(recording.attrs["model"]) or "a model without a name",
         overview=_overview(summary),
         skipped=_skipped(summary),
@@ -316,20 +348,64 @@ def render(
         level=results["load_interval"].attrs["level"],
         summary=summary,
         problems=[str(bad) for bad in problems[:20]],
-        sections=report_sections.build(results) + report_attention.build(recording, results),
+        sections=report_sections.build(results)
+        + report_attention.build(recording, results)
+        + report_fp8.build(recording, results),
         card_title=titles.expert(results["load_interval"], layer=layer, expert=expert, unit=_unit(recording)),
         card=Markup(_card(recording, results, layer=layer, expert=expert)),
         with_domains="specialization" in results,
         with_attention="attention" in summary,
         token_layers=_token_layers(results, recording),
         text=Markup(_text(recording, pointed)),
-        recorded=[
-            (name.replace("_", " "), str(recording.attrs[name])) for name in schema.ROOT_ATTRIBUTES if name != "config"
-        ],
+        recorded=_recorded(recording),
         style=Markup(text_view.style() + _asset("report.css")),
         script=Markup(text_view.script() + _asset("report_card.js") + _asset("report.js")),
         plotly=Markup(get_plotlyjs()),
     )
+
+
+def render_study(
+    recording: xr.DataTree,
+    results: Results,
+    found: Sequence[findings.Finding],
+    summary: Mapping[str, Any],
+    problems: Sequence[BadLine],
+) -> str:
+    """:func:`render` of an FP8 study by itself."""
+    attributes = summary["recording"]
+    where = f"against bfloat16 on {attributes['device']}" if attributes["device"] else "against bfloat16"
+    overview = [report_fp8.overview(summary["fp8"]), where, _date(str(attributes["created_at"]))]
+    return _template("fp8.html.j2").render(
+        model=str(recording.attrs["model"]) or "a model without a name",
+        overview=[part for part in overview if part],
+        skipped=_skipped({"counts": summary["fp8"], "problems": summary["problems"]}),
+        found=found,
+        level=results["fp8_flips"].attrs["level"] if "fp8_flips" in results else None,
+        recipes=report_fp8.described(recording),
+        summary=summary,
+        problems=[str(bad) for bad in problems[:20]],
+        sections=report_fp8.build(recording, results),
+        recorded=_recorded(recording),
+        style=Markup(_asset("report.css")),
+        script=Markup(_asset("report.js")),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(text_view.ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def _recorded(recording: xr.DataTree) -> list[tuple[str, str]]:
+    """Attributes of the recording for the foot of the page."""
+    return [(name.replace("_", " "), str(recording.attrs[name])) for name in schema.ROOT_ATTRIBUTES if name != "config"]
 
 
 def _asset(name: str) -> str:
@@ -347,7 +423,8 @@ def _overview(summary: Mapping[str, Any]) -> list[str]:
     )
     where = " on ".join(str(attributes[name]) for name in ("dtype", "device") if attributes[name])
     attention = report_attention.overview(summary["attention"]) if "attention" in summary else ""
-    return [part for part in (amount, router, attention, where, _date(str(attributes["created_at"]))) if part]
+    fp8 = report_fp8.overview(summary["fp8"]) if "fp8" in summary else ""
+    return [part for part in (amount, router, attention, fp8, where, _date(str(attributes["created_at"]))) if part]
 
 
 def _date(created_at: str) -> str:
@@ -361,7 +438,7 @@ def _skipped(summary: Mapping[str, Any]) -> str:
     """What is not in the recording, or nothing."""
     counts, n_bad = summary["counts"], summary["problems"]["count"]
     parts = []
-    if counts["documents_cut"]:
+    if counts.get("documents_cut"):
         documents, tokens = counted(counts["documents_cut"], "document"), counted(counts["tokens_cut"], "token")
         parts.append(f"{documents} cut short by {tokens} in all")
     if n_bad:

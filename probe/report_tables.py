@@ -19,6 +19,12 @@ _NOTES = {
 }
 """What a table says of itself where that is not what all say."""
 
+SAMPLES = ("samples", "fp8_samples")
+"""Groups that say which texts a table rests on."""
+
+_DEFINED = {"fp8_drift": "sqnr", "fp8_weights": "amax", "fp8_activations": "amax", "fp8_sensitivity": "flip_share"}
+"""Tables that leave out what a layer lacks, or an expert that saw nothing, and the column that tells."""
+
 
 def tidy(result: xr.Dataset) -> pd.DataFrame:
     """One row for each cell, coords as columns, category codes by their names."""
@@ -35,16 +41,9 @@ def write_tables(results: Results, recording: xr.DataTree, folder: Path, *, make
     ``makers`` holds all statistics that a report may have, by name, and the function that computes each: files of an
     earlier report under these names go.
     """
-    vocabulary = schema.group(recording, "vocabulary")
-    frames = {name: _frame(name, result, vocabulary) for name, result in results.items()}
-    samples = schema.group(recording, "samples")
-    frames["samples"] = pd.DataFrame(
-        {
-            name: samples[name].values.astype(object) if name in ("name", "domain") else samples[name].values
-            for name in ("name", "domain", "n_tokens", "n_cut")
-        }
-    )
-    for stale in makers.keys() - frames.keys():  # of an earlier report, with other domains
+    frames = {name: _frame(name, result, recording) for name, result in results.items()}
+    frames |= {name: _sample_frame(recording[name].to_dataset()) for name in SAMPLES if name in recording.children}
+    for stale in {*makers, *SAMPLES} - frames.keys():  # of an earlier report, with other domains
         for suffix in ("csv", "parquet"):
             (folder / f"{stale}.{suffix}").unlink(missing_ok=True)
     for name, frame in frames.items():
@@ -53,14 +52,26 @@ def write_tables(results: Results, recording: xr.DataTree, folder: Path, *, make
     (folder / "README.md").write_text(_guide(results, makers), encoding="utf-8")
 
 
-def _frame(name: str, result: xr.Dataset, vocabulary: xr.Dataset) -> pd.DataFrame:
+def _sample_frame(samples: xr.Dataset) -> pd.DataFrame:
+    """What is known of each text."""
+    return pd.DataFrame(
+        {
+            name: samples[name].values.astype(object) if name in ("name", "domain") else samples[name].values
+            for name in ("name", "domain", "n_tokens", "n_cut")
+        }
+    )
+
+
+def _frame(name: str, result: xr.Dataset, recording: xr.DataTree) -> pd.DataFrame:
     if name == "margin":
         return _margin_frame(result)
     if name == "paths":
         return _path_frame(result)
     if name == "top_tokens":
-        return _token_frame(result, vocabulary)
+        return _token_frame(result, schema.group(recording, "vocabulary"))
     frame = tidy(result)
+    if name in _DEFINED:
+        return frame[frame[_DEFINED[name]].notna()]
     if name in ("transition", "gate_histogram"):
         return frame[frame["count"] > 0]
     return frame[frame["n_documents"] > 0] if name == "attention_chunk_reach" else frame

@@ -10,6 +10,7 @@ import numpy as np
 import planted
 import pytest
 import typer
+import xarray as xr
 from typer.testing import CliRunner
 
 import probe
@@ -59,7 +60,7 @@ def assert_one_message(result, *words):
 # --- the command itself -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", ["--help", "report --help", "--version"])
+@pytest.mark.parametrize("arguments", ["--help", "report --help", "fp8 --help", "--version"])
 def test_help_and_version_load_nothing_slow(arguments):
     code = (
         f"import sys; sys.argv = ['probe', *{arguments!r}.split()]\n"
@@ -248,6 +249,145 @@ def test_from_takes_no_options_of_a_recording(run, calls):
 
 def test_missing_store_is_named(run):
     assert_one_message(run("report", "--from", "gone.zarr"), "gone.zarr")
+
+
+def test_report_adds_a_study_of_some_texts_where_it_is_told_to(run, calls, studies, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one two"}\n', "utf-8")
+    assert run("report", "--corpus", path).exit_code == 0
+    assert not studies
+    result = run("report", "--corpus", path, "--fp8", "meta", "--fp8", "rowwise", "--max-tokens", 20)
+    assert result.exit_code == 0, result.output
+    (study,) = studies
+    assert (study.recipes, study.leave_out) == (["meta", "rowwise"], ())
+    assert [document.text for document in study.args[1].documents] == ["one two"]
+    assert study.args[1].max_tokens == 20
+    written = calls["write_report"].args[0]
+    assert {"routing", "fp8_weights"} <= set(written.children) and written.attrs["recipes"] == "{}"
+
+
+def test_report_refuses_an_unknown_recipe_before_any_work(run, calls):
+    result = run("report", "--fp8", "fp7", "--corpus", "missing")
+    assert_one_message(result, "no recipe is called 'fp7'", "meta, tensorwise")
+    assert_one_message(run("report", "--from", "run.zarr", "--fp8", "meta"), "leave out --fp8")
+    assert not calls
+
+
+# --- fp8 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def studies(monkeypatch):
+    """A stand-in for the run of a study, and what it was called with."""
+    from probe import fp8_study
+
+    made = []
+    group = schema.dataset("fp8_weights", {"recipe": ["meta"], "layer": [0], "module": ["q_proj"], "expert": [0]})
+    tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs={"recipes": "{}"}), "/fp8_weights": group})
+
+    def study(*args, **kwargs):
+        made.append(SimpleNamespace(args=args, **kwargs))
+        return tree
+
+    monkeypatch.setattr(fp8_study, "study", study)
+    words = SimpleNamespace(tokenizer=lambda text, verbose: {"input_ids": text.split()})
+    monkeypatch.setitem(vars(probe), "load", lambda *args, **kwargs: words)
+    return made
+
+
+def test_fp8_takes_metas_recipe_and_a_part_of_the_shipped_corpus_unless_told_otherwise(run, calls, studies):
+    result = run("fp8")
+    assert result.exit_code == 0, result.output
+    (study,) = studies
+    assert (study.recipes, study.leave_out) == (["meta"], [])
+    selection, corpus = study.args[1], read_corpus(bundled_corpus())
+    assert selection.n_given == len(corpus.documents) > len(selection.documents)
+    domains = [document.domain for document in selection.documents]
+    assert min(domains.count(domain) for domain in set(corpus.domains)) >= 5
+    assert calls["write_report"].args[1] == Path("fp8-report")
+
+
+def test_fp8_passes_on_what_it_is_told(run, calls, studies, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one two three", "topic": "x"}\nbad\n{"text": "four five six", "topic": "y"}\n', "utf-8")
+    options = ["--recipe", "rowwise", "--recipe", "int4", "--corpus", path, "--domain-column", "topic"]
+    options += ["--tokens", 2, "--max-tokens", 2, "--no-sensitivity", "--no-activations", "--out", "there"]
+    result = run("fp8", "m", *options)
+    assert result.exit_code == 0, result.output
+    (study,) = studies
+    assert (study.recipes, study.leave_out) == (["rowwise", "int4"], ["sensitivity", "activations"])
+    assert [document.domain for document in study.args[1].documents] == ["x"]
+    assert study.args[1].max_tokens == 2
+    assert calls["write_report"].args[1] == Path("there")
+    assert [problem.line for problem in calls["write_report"].problems] == [2]
+    assert "1 bad line left out" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--recipe", "fp7"], ["no recipe is called 'fp7'", "meta, tensorwise, rowwise", "int4"]),
+        (["--recipe", "meta", "--recipe", "meta"], ["two recipes are called 'meta'"]),
+        (["--corpus", "missing"], ["no such corpus file or folder: missing"]),
+        (["--out", "mine"], ["mine holds an index.html that is no report of probe's"]),
+        (
+            ["m", "--from", "a.zarr", "--recipe", "meta", "--tokens", 5, "--no-sensitivity", "--no-activations"],
+            ["leave out MODEL, --recipe, --tokens, --no-sensitivity, --no-activations"],
+        ),
+        (["--from", "gone.zarr"], ["no store at gone.zarr"]),
+    ],
+)
+def test_fp8_refuses_before_any_work(run, calls, options, words):
+    Path("mine").mkdir()
+    Path("mine/index.html").write_text("mine", "utf-8")
+    assert_one_message(run("fp8", *options), *words)
+    assert not calls
+    assert not Path("fp8-report").exists()
+
+
+def test_fp8_refuses_models_that_it_cannot_round(run, monkeypatch):
+    from tests.random_models import random_model
+
+    model = random_model(0)
+    model.model.layers[1].feed_forward.experts.down_proj.data[0, 0, 0] = float("nan")
+    tokenizer = lambda texts, verbose: {"input_ids": [[1, 2, 3]] if isinstance(texts, list) else [1, 2, 3]}  # noqa: E731
+    loaded = probe.LoadedModel(model=model, tokenizer=tokenizer, config=model.config, name="m")
+    monkeypatch.setitem(vars(probe), "load", lambda *args, **kwargs: loaded)
+    Path("a.txt").write_text("text", "utf-8")
+    result = run("fp8", "--corpus", "a.txt")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.endswith("use intact weights\n") and "Traceback" not in result.stderr
+    model.config.quantization_config = {"quant_method": "fbgemm_fp8"}
+    result = run("fp8", "--corpus", "a.txt")
+    assert result.exit_code == 2
+    assert "quantised already" in result.stderr and "load the checkpoint that it was made from" in result.stderr
+
+
+def test_fp8_from_a_recording_without_a_study(run):
+    probe.save(planted.from_experts(np.zeros((5, 2), int), n_experts=4, lengths=[2, 3]), "run.zarr")
+    assert_one_message(run("fp8", "--from", "run.zarr"), "holds no FP8 study", "probe fp8 MODEL")
+
+
+def test_fp8_measures_a_shipped_model_and_draws_it_again(run, tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"Number {at} is a short text of a few words.", "domain": "x"}) for at in range(6)]
+    path.write_text("\n".join(lines), "utf-8")
+    result = run("fp8", "tiny-scout", "--corpus", path, "--tokens", 60, "--max-tokens", 12)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "Report: fp8-report/index.html (5 documents, 60 tokens)\n"
+    html = Path("fp8-report/index.html").read_text("utf-8")
+    assert "What FP8 does to tiny-scout" in html and "60 tokens of 5 of 6 documents" in html
+    again = run("fp8", "--from", "fp8-report/fp8.zarr", "--out", "again")
+    assert again.exit_code == 0, again.output
+    assert Path("again/index.html").read_text("utf-8") == html
+    summaries = [json.loads(Path(folder, "summary.json").read_text("utf-8")) for folder in ("fp8-report", "again")]
+    assert summaries[0] == summaries[1]
+    validated = run("validate", "fp8-report/fp8.zarr")
+    assert validated.stdout == "fp8-report/fp8.zarr is whole: tiny-scout, 5 documents, 60 tokens\n"
+    bare = run("fp8", "tiny-scout", "--corpus", path, "--tokens", 12, "--no-sensitivity", "--no-activations")
+    assert bare.exit_code == 0, bare.output
+    html = Path("fp8-report/index.html").read_text("utf-8")
+    assert "probe fp8 without --no-sensitivity" in html and "probe fp8 without --no-activations" in html
 
 
 # --- the other commands -----------------------------------------------------------------------------------------------

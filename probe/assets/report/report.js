@@ -6,11 +6,14 @@
   const root = document.querySelector(".probe-text");
   const text = root ? probeTextView(root) : null;
   let drawn = false;
-  const card = probeExpertCard(document.querySelector(".card"), {
+  /* A page on FP8 alone has no cards of experts, and its cells lead nowhere. */
+  const place = document.querySelector(".card");
+  const card = place && probeExpertCard(place, {
     heading: document.querySelector(".card-title"),
     view: text,
     selected: (layer, expert) => { if (drawn) mark(layer, expert); },
   });
+  const markCurrent = () => { if (card) mark(card.current().layer, card.current().expert); };
 
   function theme(mode, layout) {
     const change = { "font.color": colours[mode].ink };
@@ -27,7 +30,7 @@
     layout.autosize = true;
     const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]], scrollZoom: false };
     Plotly.newPlot(place, data, layout, config).then(() => Plotly.relayout(place, theme(dark.matches ? "dark" : "light", layout)));
-    place.on("plotly_buttonclicked", () => setTimeout(() => mark(card.current().layer, card.current().expert)));
+    place.on("plotly_buttonclicked", () => setTimeout(markCurrent));
     place.on("plotly_click", (event) => {
       const point = event.points[0], cell = point.customdata;
       if (point.data.type === "heatmap" && cell && cell.length === 2) showExpert(point.y, Number(cell[1]), point.data.meta);
@@ -36,6 +39,7 @@
 
   /* From a cell to the card of its expert, with text of the cell's domain first. */
   function showExpert(layer, expert, domain) {
+    if (!card) return;
     const at = card.layers.indexOf(Number(layer));
     if (at < 0) return;
     card.show(at, expert, domain);
@@ -65,7 +69,7 @@
 
   plots.forEach(draw);
   drawn = true;
-  mark(card.current().layer, card.current().expert);
+  markCurrent();
   document.querySelectorAll("button[data-expert]").forEach((button) => {
     button.addEventListener("click", () => showExpert(button.dataset.layer, Number(button.dataset.expert)));
   });
