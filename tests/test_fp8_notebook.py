@@ -27,9 +27,9 @@ def study():
 def test_the_answer_on_the_first_line_is_measured(study):
     first = nbformat.read(NOTEBOOK, as_version=4).cells[0].source.split("\n\n")[0].replace("\n", " ")
     said = re.fullmatch(
-        r"\*\*Does FP8 flip the routing\? (?P<meta>.*) Of 1,000 decisions of tiny-scout it changes (?P<m>\d+), "
-        r"and BF16 changes (?P<floor>\d+) when .* change (?P<rows>\d+), nineteen of twenty of them near ties, "
-        r"and the loss does not notice\.\*\*",
+        r"\*\*Does FP8 flip the routing\? Not with Meta's own recipe, .* of 1,000 decisions of tiny-scout it "
+        r"changes (?P<m>\d+), and BF16 by itself changes (?P<floor>\d+) when .* change (?P<rows>\d+), nineteen of "
+        r"twenty of them near ties, and the loss does not notice\.\*\*",
         first,
     )
     assert said is not None, first
@@ -38,7 +38,6 @@ def test_the_answer_on_the_first_line_is_measured(study):
     # Another processor sums in another order, which moves a few of a thousand near ties.
     for name, recipe in (("m", "meta"), ("floor", "bf16"), ("rows", "rowwise")):
         assert measured[recipe] == pytest.approx(int(said[name]), abs=max(2, 0.1 * int(said[name])))
-    assert "no more than BF16 flips by itself" in said["meta"]
     assert flips["lower"].sel(recipe="meta") < flips["upper"].sel(recipe="bf16")
 
     rows = study["fp8_flips"].to_dataset().sel(recipe="rowwise")
