@@ -108,8 +108,9 @@ class Scaling:
         if self.power_of_two not in (None, *get_args(PowerOfTwo)):
             raise Float8Error(f'power_of_two is {self.power_of_two!r}: it must be "ceil", "floor" or None')
         for name, value in (("amax", self.amax), ("cap", self.cap)):
-            if value is not None and not 0 < value < math.inf:
-                raise Float8Error(f"{name} is {value}, it must be a positive finite number")
+            is_number = isinstance(value, int | float) and 0 < value <= torch.finfo(torch.float32).max
+            if value is not None and not is_number:
+                raise Float8Error(f"{name} is {value!r}, it must be a positive number that float32 holds")
         if self.amax is not None and self.cap is not None:
             raise Float8Error("amax is static and cap limits a dynamic one: give one of them")
 
@@ -118,6 +119,11 @@ class Scaling:
         if self.amax is not None or (amax == 0 and self.cap is None):
             return self
         return replace(self, amax=amax if self.cap is None else min(max(amax, SMALLEST_AMAX), self.cap), cap=None)
+
+
+def _require_scaling(scaling: object) -> None:
+    if not isinstance(scaling, Scaling):
+        raise Float8Error(f"scaling is {scaling!r}: pass a Scaling, such as Scaling('row')")
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ class Rounding:
 
     def __post_init__(self) -> None:
         _format(self.format)
+        _require_scaling(self.scaling)
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,10 @@ def quantize(x: Tensor, *, format: str = "e4m3fn", scaling: Scaling | None = Non
     -----
     Scales are amax / maximum in float32, and x is divided by them in float32. Rounding is to the nearest, ties to even.
     """
+    if not isinstance(x, Tensor):
+        raise Float8Error(f"x is a {type(x).__name__}: pass a torch tensor, such as torch.as_tensor(x)")
     number_format, scaling = _format(format), scaling or Scaling()
+    _require_scaling(scaling)
     values, block = _floats(x), _block(x, scaling)
     amax = _amax(values, block)
     if not amax.isfinite().all():

@@ -165,10 +165,10 @@ def answer(result: xr.Dataset) -> str:
     rest = [told[name] for name in own if stands[name] != "above"]
     if above:
         inside = f"; {_listed(rest)} is within that noise" if rest else ""
-        return f"FP8 flips the routing: {_listed(above)}, BF16 itself only {noise}{inside}"
+        return f"Rounding flips the routing: {_listed(above)}, BF16 itself only {noise}{inside}"
     if set(stands.values()) == {"below"}:
-        return f"FP8 flips the routing no more than noise: {_listed(rest)}, less than the {noise} of BF16 itself"
-    return f"FP8 is not seen to flip the routing: {_listed(rest)}, not told from the {noise} of BF16 itself"
+        return f"Rounding flips the routing no more than noise: {_listed(rest)}, less than the {noise} of BF16 itself"
+    return f"Rounding is not seen to flip the routing: {_listed(rest)}, not told from the {noise} of BF16 itself"
 
 
 def layers_above(result: xr.Dataset) -> list[str]:

@@ -250,7 +250,8 @@ def sensitivity(result: xr.Dataset, *, measure: str = "loss_change") -> str:
     if whole.sizes["unit"] and np.isfinite(float(whole[measure][0])):
         of_whole = f"; all at once {digits(float(whole[measure][0]) * (100 if unit == '1' else 1))}"
         of_whole += "\u00a0%" if unit == "1" else f"\u00a0{unit}"
-    return f"Alone, {parts} bring the largest {words}{of_whole}{beside(text[0][1], floors, unit)}"
+    behind = f"{of_whole}{beside(text[0][1], floors, unit)}"
+    return f"Of what the recipe rounds, {parts} alone bring the largest {words}{behind}"
 
 
 def loss_change(result: xr.Dataset, *, measure: str = "loss_change") -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import cast
 
 from probe.float8 import PowerOfTwo, Rounding, Scaling
 from probe.schema import ProbeError
@@ -50,6 +53,14 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name:
             raise RecipeError("a recipe needs a name")
+        for part in ("weight", "activation", "gradient"):
+            if not isinstance(getattr(self, part), Rounding | None):
+                raise RecipeError(
+                    f"recipe {self.name}: {part} is {getattr(self, part)!r}: pass a Rounding, such as "
+                    "Rounding('e4m3fn', Scaling('row')), or None"
+                )
+        if isinstance(cast(object, self.modules), str):
+            raise RecipeError(f"recipe {self.name}: modules is {self.modules!r}: pass a tuple, ({self.modules!r},)")
         if unknown := [kind for kind in self.modules if kind not in MODULE_KINDS]:
             raise RecipeError(
                 f"recipe {self.name}: no modules are called {unknown}; there are {', '.join(MODULE_KINDS)}"
@@ -153,6 +164,11 @@ def resolve(recipe: str | Recipe) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe not in _RECIPES:
+    if not isinstance(recipe, str) or recipe not in _RECIPES:
         raise RecipeError(f"no recipe is called {recipe!r}: choose one of {', '.join(_RECIPES)}, or pass a Recipe")
     return _RECIPES[recipe]
+
+
+def described(recipes: Iterable[Recipe]) -> str:
+    """Recipes in JSON, by name, as attributes hold them."""
+    return json.dumps({recipe.name: asdict(recipe) for recipe in recipes}, indent=2)

@@ -106,7 +106,7 @@ def write_report(
         draw = render_study if is_study else render
         page.write_text(draw(recording, results, found, summary, problems), encoding="utf-8")
         step("store")
-        store.save(recording, folder / ("fp8.zarr" if is_study else "routing.zarr"))
+        store.save(recording, folder / store.STORES[is_study])
     return page
 
 
@@ -118,8 +118,10 @@ def check_folder(folder: Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ProbeError(f"no report can be written to {folder}: {there} is a file; name another folder")
-    if (folder / "index.html").exists() and not (folder / "summary.json").exists():
+    if (folder / "index.html").exists() and not _is_report(folder / "summary.json"):
         raise ProbeError(f"{folder} holds an index.html that is no report of probe's: name another folder")
+    for name in store.STORES:
+        store.check_place(folder / name)
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +131,15 @@ def check_folder(folder: Path) -> None:
             folder.rmdir()
     except OSError as error:
         raise ProbeError(f"{folder}: nothing can be written there ({error.strerror}); name another folder") from error
+
+
+def _is_report(summary: Path) -> bool:
+    """Whether this is the summary that stands beside a report."""
+    try:
+        content = json.loads(summary.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"recording", "findings"} <= content.keys()
 
 
 def _progress(shown: bool, *, n_steps: int) -> AbstractContextManager[Callable[[str], None]]:

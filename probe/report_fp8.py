@@ -52,7 +52,7 @@ def plan(recording: xr.DataTree) -> dict[str, Callable[[], xr.Dataset]]:
     steps: dict[str, Callable[[], xr.Dataset]] = {}
     if "fp8_drift" in there:
         steps["fp8_flips"] = partial(flips.flip_share, recording, pooled=True)
-        steps["fp8_flips_by_layer"] = partial(_flips_by_layer, recording)
+        steps["fp8_flips_by_layer"] = partial(flips.flip_share, recording)
         if schema.group(recording, "fp8_flips")["router_margin"].notnull().any():
             steps["fp8_flips_by_margin"] = partial(flips.flips_by_margin, recording)
         steps["fp8_loss"] = partial(flips.loss_change, recording)
@@ -72,16 +72,6 @@ def plan(recording: xr.DataTree) -> dict[str, Callable[[], xr.Dataset]]:
         if head:
             steps["fp8_head"] = partial(_group, recording, "fp8_weights", head)
     return steps
-
-
-def _flips_by_layer(recording: xr.DataTree) -> xr.Dataset:
-    """Flips of each layer; where a recipe changed no margin at all it has not begun, and 0 is no matter of chance."""
-    result = flips.flip_share(recording)
-    change = schema.group(recording, "fp8_flips")["margin_change"].transpose("layer", "recipe", "token")
-    is_same = np.array([(own == 0).all("token").values for own in change])
-    begun = xr.DataArray(~is_same, dims=("layer", "recipe")) | result["lower"].isnull()
-    bounds = {end: result[end].where(begun, 0).transpose(*result[end].dims) for end in ("lower", "upper")}
-    return result.assign({end: values.assign_attrs(result[end].attrs) for end, values in bounds.items()})
 
 
 def _group(recording: xr.DataTree, name: str, variables: Sequence[Any] | None = None) -> xr.Dataset:
@@ -259,7 +249,7 @@ def _output(results: Results) -> Section:
     shown = "each domain" if domains is not None else "all texts"
     reading = (
         f"How far the next token's probabilities move from BF16's (KL) and what that does to the loss, for {shown}. "
-        "What lies in grey is noise of BF16 itself, and so is a loss that falls: rounding teaches a model nothing."
+        "What lies in grey is noise of BF16 itself, a loss that falls as well as one that rises."
         f"{_too_few(result)}"
     )
     return Section(

@@ -12,6 +12,9 @@ import zarr
 from probe import schema
 from probe.schema import ProbeError
 
+STORES = ("routing.zarr", "fp8.zarr")
+"""Names of the store in a report's folder: of a recording, and of an FP8 study by itself."""
+
 
 class StoreError(ProbeError):
     """A store cannot be written or read."""
@@ -30,8 +33,7 @@ def save(recording: xr.DataTree, path: str | Path) -> Path:
     path = Path(path)
     schema.validate(recording)
     place = path.resolve()  # a link stays a link
-    if place.exists() and not _is_recording(place):
-        raise StoreError(f"{path} exists and is not a recording: choose another path, or move it away")
+    check_place(path)
     place.parent.mkdir(parents=True, exist_ok=True)
     recording, encoding = _chunked(recording)
     with tempfile.TemporaryDirectory(prefix=f"{place.name}.", suffix=".unfinished", dir=place.parent) as unfinished:
@@ -60,6 +62,8 @@ def open(path: str | Path) -> xr.DataTree:  # noqa: A001 - the public name is pr
     if not path.exists():
         raise StoreError(f"no store at {path}")
     try:
+        if inside := [name for name in STORES if (path / name).exists()]:
+            raise StoreError(f"{path} is a report's folder: open its store, {path / inside[0]}")
         recording = xr.open_datatree(path, engine="zarr", consolidated=False, chunks={})
         _refuse_damage(path, recording)
         recording = recording.map_over_datasets(_with_labels)
@@ -67,6 +71,13 @@ def open(path: str | Path) -> xr.DataTree:  # noqa: A001 - the public name is pr
     except (OSError, ValueError, KeyError, RuntimeError, zarr.errors.BaseZarrError) as error:
         raise StoreError(f"{path} is not a Zarr store that probe can read: {error}") from error
     return recording
+
+
+def check_place(path: Path) -> None:
+    """Raise a StoreError if :func:`save` would not write there, because something else is at ``path``."""
+    place = path.resolve()
+    if place.exists() and not _is_recording(place):
+        raise StoreError(f"{path} exists and is not a recording: choose another path, or move it away")
 
 
 Chunks = dict[str, dict[str, tuple[int, ...]]]

@@ -399,6 +399,8 @@ def test_round_trip_turns_nan_and_infinity_into_nan_unless_capped(name, bad):
         (lambda: quantize(torch.ones(2, 2, dtype=torch.int64)), "cannot quantise torch.int64"),
         (lambda: quantize(torch.ones(2, 2).to(torch.float8_e4m3fn)), "cannot quantise torch.float8_e4m3fn"),
         (lambda: round_trip(torch.ones(3), Rounding()), "1 dims"),
+        (lambda: quantize(np.zeros((2, 2))), "x is a ndarray: pass a torch tensor"),
+        (lambda: quantize(torch.ones(2, 2), scaling="row"), "scaling is 'row': pass a Scaling"),
         (lambda: quantize(torch.tensor([[1, math.nan, math.inf, -math.inf]])), "1 NaN and 2 infinite"),
         (lambda: quantize(torch.tensor([[math.inf]]), scaling=Scaling(amax=3)), "0 NaN and 1 infinite"),
         (lambda: quantize(torch.tensor([[math.nan]]), scaling=Scaling(cap=3)), "1 NaN and 0 infinite"),

@@ -705,7 +705,7 @@ def test_shares_of_flips_are_per_cent_and_kl_has_a_place_for_0():
 def test_titles_of_sensitivity_name_the_most_damaging_parts():
     data = sensitivity()
     title = fp8_titles.sensitivity(data)
-    assert title.startswith("Alone, attention (+0.05 [0.045,\u00a00.055]\u00a0nat) and layer ")
+    assert title.startswith("Of what the recipe rounds, attention (+0.05 [0.045,\u00a00.055]\u00a0nat) and layer ")
     assert title.endswith("; all at once 0.06\u00a0nat; noise floor 0.002 [0.0018,\u00a00.0022]\u00a0nat")
     noisy = data.copy(deep=True)
     noisy["loss_change_upper"][-1] = 1.0

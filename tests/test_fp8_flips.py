@@ -180,6 +180,9 @@ def test_intervals_resample_texts_and_few_texts_have_none():
 
 def test_no_flip_at_all_has_an_upper_bound():
     data = flips_of(np.zeros((1, 1000, 1)), np.ones((1000, 1)), sample=np.repeat(np.arange(20), 50))
+    by_construction = flip_share(data, pooled=True)  # no margin changed: there is no chance in it
+    assert (by_construction["lower"].item(), by_construction["upper"].item()) == (0, 0)
+    data["margin_change"][0, 0, 0] = 0.01
     found = flip_share(data, pooled=True)
     assert found["interval_status"].item() == UNUSED
     # Texts are all alike, so nothing says that tokens of one are independent: 3 in 20 texts.

@@ -29,7 +29,7 @@ def test_the_answer_on_the_first_line_is_measured(study):
     said = re.fullmatch(
         r"\*\*Does FP8 flip the routing\? Not with Meta's own recipe, .* of 1,000 decisions of tiny-scout it "
         r"changes (?P<m>\d+), and BF16 by itself changes (?P<floor>\d+) when .* change (?P<rows>\d+), nineteen of "
-        r"twenty of them near ties, and the loss does not notice\.\*\*",
+        r"twenty of them near ties, and the loss rises by 0\.01 nats at most\.\*\*",
         first,
     )
     assert said is not None, first
@@ -44,4 +44,4 @@ def test_the_answer_on_the_first_line_is_measured(study):
     near_ties = rows["router_margin"].values[rows["flipped"].values] < 0.125
     assert near_ties.mean() == pytest.approx(19 / 20, abs=0.02)
     loss = fp8_error.loss_change(study).sel(recipe=["meta", "rowwise"])
-    assert np.all((loss["loss_change_lower"] < 0) & (0 < loss["loss_change_upper"]))
+    assert np.all(loss["loss_change_upper"] < 0.01)

@@ -83,6 +83,18 @@ def test_what_does_not_exist_is_named():
         resolve("fp4")
     with pytest.raises(RecipeError, match=r"recipe mine: no modules are called \['experts'\]; there are attention, "):
         Recipe("mine", ("router", "experts"), weight=None)
+    with pytest.raises(RecipeError, match="no recipe is called None"):
+        resolve(None)
+    with pytest.raises(RecipeError, match=r"recipe mine: weight is 'e4m3fn': pass a Rounding"):
+        Recipe("mine", ("router",), weight="e4m3fn")
+    with pytest.raises(RecipeError, match=r"modules is 'router': pass a tuple, \('router',\)"):
+        Recipe("mine", "router", weight=None)
+    with pytest.raises(Float8Error, match=r"scaling is 'row': pass a Scaling, such as Scaling\('row'\)"):
+        Rounding("e4m3fn", "row")
+    with pytest.raises(Float8Error, match="amax is '3', it must be a positive number"):
+        Scaling(amax="3")
+    with pytest.raises(Float8Error, match="amax is 1e\\+300, it must be a positive number that float32 holds"):
+        Scaling(amax=1e300)
     with pytest.raises(RecipeError, match="needs a name"):
         Recipe("", (), weight=None)
     with pytest.raises(Float8Error, match="unknown format"):

@@ -445,6 +445,30 @@ def test_a_page_of_somebody_else_is_not_replaced(tree, tmp_path):
     assert (tmp_path / "index.html").read_text() == "my site"
 
 
+@pytest.mark.parametrize("summary", ["{}", "[]", "no JSON"])
+def test_a_page_of_somebody_else_beside_a_summary_is_not_replaced_either(tree, tmp_path, summary):
+    (tmp_path / "index.html").write_text("my site")
+    (tmp_path / "summary.json").write_text(summary)
+    with pytest.raises(ProbeError, match="no report of probe's"):
+        written(tree, tmp_path)
+    assert (tmp_path / "index.html").read_text() == "my site"
+
+
+@pytest.mark.parametrize("name", ["routing.zarr", "fp8.zarr"])
+def test_what_is_no_store_stops_a_report_before_anything_is_written(tree, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").write_text("kept")
+    with pytest.raises(ProbeError, match=f"{name} exists and is not a recording"):
+        written(tree, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_opening_a_reports_folder_names_its_store(tree, tmp_path):
+    written(tree, tmp_path)
+    with pytest.raises(ProbeError, match="is a report's folder: open its store, .*routing.zarr"):
+        store.open(tmp_path)
+
+
 def test_a_folder_that_cannot_be_made_is_named_and_nothing_is_left(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ProbeError, match="file is a file"):

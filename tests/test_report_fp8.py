@@ -261,19 +261,21 @@ def test_flips_beyond_both_floors_are_said_to_be():
     tree, text = answer_of((0.02, 0.01, 0.2))
     assert told_share(tree, "meta").startswith("20 % [1")
     noise = told_share(tree, "bf16")
-    assert text == f"FP8 flips the routing: {told_share(tree, 'meta')} under meta, BF16 itself only {noise}"
+    assert text == f"Rounding flips the routing: {told_share(tree, 'meta')} under meta, BF16 itself only {noise}"
 
 
 @pytest.mark.parametrize("floors", [(0.2, 0.01), (0.01, 0.2)], ids=["kernels", "float32"])
 def test_flips_inside_either_floor_are_not_claimed(floors):
     tree, text = answer_of((*floors, 0.21))
-    assert text.startswith(f"FP8 is not seen to flip the routing: {told_share(tree, 'meta')} under meta, not told from")
+    assert text.startswith(
+        f"Rounding is not seen to flip the routing: {told_share(tree, 'meta')} under meta, not told from"
+    )
     assert "20 %" in text
 
 
 def test_fewer_flips_than_noise():
     _, text = answer_of((0.2, 0.1, 0.02))
-    assert text.startswith("FP8 flips the routing no more than noise: 2.0 %") and "less than the 20 %" in text
+    assert text.startswith("Rounding flips the routing no more than noise: 2.0 %") and "less than the 20 %" in text
 
 
 def test_too_few_documents_claim_nothing():
@@ -284,7 +286,8 @@ def test_too_few_documents_claim_nothing():
 def test_of_several_recipes_each_is_judged_by_itself():
     tree, text = answer_of((0.05, 0.01, 0.06, 0.3), kl=(0.001,) * 4, recipes=("bf16", "fp32", "meta", "int4"))
     assert text == (
-        f"FP8 flips the routing: {told_share(tree, 'int4')} under int4, BF16 itself only {told_share(tree, 'bf16')}; "
+        f"Rounding flips the routing: {told_share(tree, 'int4')} under int4, "
+        f"BF16 itself only {told_share(tree, 'bf16')}; "
         f"{told_share(tree, 'meta')} under meta is within that noise"
     )
 
@@ -310,12 +313,9 @@ def test_a_layer_that_no_recipe_reached_has_no_chance_in_it(tree):
         flips[name].loc[{"recipe": "meta", "layer": 0}] = nothing
     flips["flipped"].loc[{"recipe": "meta", "layer": 1}] = False  # margins moved, and no token flipped
     own = results_of(changed(tree, fp8_flips=flips))["fp8_flips_by_layer"].sel(recipe="meta")
-    plain_ = fp8_error.flip_share(changed(tree, fp8_flips=flips)).sel(recipe="meta")
     assert (float(own["lower"][0]), float(own["upper"][0])) == (0, 0)
-    assert float(plain_["upper"][0]) > 0
     for layer in (1, 2):
-        assert float(own["upper"][layer]) == float(plain_["upper"][layer]) > 0
-    assert own["lower"].dims == plain_["lower"].dims
+        assert float(own["upper"][layer]) > 0
 
 
 def test_close_calls(tree):
@@ -471,8 +471,8 @@ def test_a_study_has_a_page_of_its_own(folder, page):
 def test_the_first_sentence_is_the_answer(tree, page):
     share = told_share(tree, "meta")
     first = plain(page.text["findings"]).split("Beyond noise")[0]
-    assert f"20 %FP8 flips the routing: {share} under meta, BF16 itself only" in first
-    assert f"FP8 flips the routing: {share} under meta" in plain(page.text["fp8"])
+    assert f"20 %Rounding flips the routing: {share} under meta, BF16 itself only" in first
+    assert f"Rounding flips the routing: {share} under meta" in plain(page.text["fp8"])
     assert "Keep layer 1 in BF16: 80 % of the damage is gone" in plain(page.text["findings"])
     assert "Keep layer 1 in BF16: 80 % of the damage is gone" in plain(page.text["fp8-sensitivity"])
 
@@ -650,7 +650,7 @@ def test_the_routing_report_has_the_part_too(whole, page, few_permutations, tmp_
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert summary["counts"]["tokens"] == 720 and summary["fp8"]["tokens"] == 1000
     assert summary["findings"][-1]["kind"] == "flips" and len(summary["findings"]) <= findings.MAX_FINDINGS
-    assert both.text["findings"].count("FP8 flips the routing") == 1
+    assert both.text["findings"].count("Rounding flips the routing") == 1
     again = store.open(tmp_path / "routing.zarr")
     assert results_of(again).keys() == results_of(whole).keys()
     schema.validate(again)

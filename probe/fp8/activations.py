@@ -15,9 +15,9 @@ from probe import inputs, schema
 from probe.bootstrap import divide
 from probe.float8 import Rounding, quantize
 from probe.fp8.layers import MODULES, LayerCopy, grouped_by_text, is_rowwise
-from probe.fp8.streams import LayerStep, Walk, described, resolved
+from probe.fp8.streams import LayerStep, Walk, resolved
 from probe.models import LoadedModel
-from probe.recipes import Recipe
+from probe.recipes import Recipe, described
 from probe.recording import LAYER_CATEGORIES
 
 PERCENTILES = (50.0, 99.0, 99.9, 99.99)

@@ -185,7 +185,7 @@ def flip_share(
             for category, chosen in enumerate((own.flipped[recipe], ~own.flipped[recipe])):
                 tally = np.bincount(place[chosen], minlength=n_documents * n_groups)
                 counts[:, recipe, :, 0 if pooled else index, category] += tally.reshape(n_documents, n_groups)
-    bounds = share_bounds(bootstrap, counts)
+    bounds = share_bounds(bootstrap, counts, _can_flip(flips, group, n_groups, pooled))
     dims = ["recipe", *([by] if by else []), *([] if pooled else ["layer"])]
     shape = [flips.sizes["recipe"], *([n_groups] if by else []), *([] if pooled else [n_cells])]
     columns = {
@@ -301,10 +301,11 @@ def loss_by_domain(
     return loss_change(data, by="domain", level=level, n_resamples=n_resamples, seed=seed)
 
 
-def share_bounds(bootstrap: Bootstrap, counts: np.ndarray) -> Bounds:
+def share_bounds(bootstrap: Bootstrap, counts: np.ndarray, is_random: np.ndarray | None = None) -> Bounds:
     """Shares of the first of two categories and their bounds (recipe, …) from counts (document, recipe, …, category).
 
-    Documents without a count in a cell are no documents of it; which those are is the same for every recipe.
+    Documents without a count in a cell are no documents of it; which those are is the same for every recipe. Where
+    ``is_random`` (recipe, …) is False a share of 0 is one by construction, and its bounds are 0.
     """
     n_documents, n_recipes, n_categories = len(counts), counts.shape[1], counts.shape[-1]
     cells = counts.reshape(n_documents, n_recipes, -1, n_categories)
@@ -318,6 +319,9 @@ def share_bounds(bootstrap: Bootstrap, counts: np.ndarray) -> Bounds:
     total = cells.sum(axis=0)
     share = divide(total[..., 0], total.sum(axis=-1))
     shape = counts.shape[1:-1]
+    if is_random is not None:
+        settled = ~is_random.reshape(share.shape) & (share == 0) & ~np.isnan(upper)
+        lower, upper = (np.where(settled, 0, bound) for bound in (lower, upper))
     return Bounds(*(part.reshape(shape) for part in (share, lower, upper, status)))
 
 
@@ -375,6 +379,19 @@ def _by_layer(flips: xr.Dataset, *names: str) -> Iterator[_Layer]:
         own = flips.isel(layer=layer)
         margin = np.zeros(0) if names else own["router_margin"].values.astype(np.float64)
         yield _Layer(own["flipped"].transpose("recipe", "token").values, margin, sample)
+
+
+def _can_flip(flips: xr.Dataset, group: np.ndarray, n_groups: int, pooled: bool) -> np.ndarray | None:
+    """Whether any margin changed (recipe, group, cell); None where that is not known."""
+    if "margin_change" not in flips:
+        return None
+    n_layers = flips.sizes["layer"]
+    changed = np.zeros((flips.sizes["recipe"], n_groups, n_layers), bool)
+    for layer in range(n_layers):
+        moved = flips["margin_change"].isel(layer=layer).transpose("recipe", "token").values != 0  # NaN is not known
+        for recipe in range(len(moved)):
+            changed[recipe, :, layer] = np.bincount(group[moved[recipe]], minlength=n_groups) > 0
+    return np.asarray(changed.any(axis=-1, keepdims=True)) if pooled else changed
 
 
 def _logit_noise(flips: xr.Dataset, by_layer: bool) -> np.ndarray:

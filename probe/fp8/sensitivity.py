@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import xarray as xr
 from torch import nn
 
@@ -22,14 +23,13 @@ from probe.fp8.streams import (
     Stream,
     Walk,
     covers,
-    described,
     noise_floors,
     recipe_stream,
     resolved,
     unit_stream,
 )
 from probe.models import LoadedModel
-from probe.recipes import MODULE_KINDS, Recipe
+from probe.recipes import MODULE_KINDS, Recipe, described
 
 SETTINGS = ("alone", "spared")
 ALONE, SPARED = range(2)
@@ -137,12 +137,17 @@ class Flips:
         self._top_k, self._is_moe = walk.top_k, walk.is_moe
         self.counts = np.zeros((len(walk.ids), n_streams, 2), np.int64)
         """Decisions (text, stream, category): flipped, and not."""
+        self.can_flip = np.zeros(n_streams, bool)
+        """Whether a router's logits ever differed: where they never do, no flip is a matter of chance."""
 
     def add(self, step: LayerStep) -> None:
         """Count the flips of one batch in one layer."""
         if not self._is_moe[step.layer]:
             return
         flipped = routing_change(step, self._top_k)[2].cpu().numpy()
+        logits, own_logits = step.reference.rows("router"), step.accumulated.rows("router")
+        assert logits is not None and own_logits is not None
+        self.can_flip[step.streams] |= not torch.equal(logits.float(), own_logits.to(logits.device).float())
         text = np.array(step.batch.texts)[step.batch.text_of_row.numpy()]
         for category, own in enumerate((flipped, ~flipped)):
             tally = np.bincount(text[own], minlength=len(self.counts))
@@ -197,7 +202,7 @@ def _measured(walk: Walk, bootstrap: Bootstrap, logits: LogitSums, flips: Flips)
     bounds: dict[str, Bounds] = {
         "loss_change": mean_bounds(bootstrap, change[followed], n_tokens[followed] - 1),
         "logit_kl": positive_bounds(bootstrap, logits.kl.T, n_tokens),
-        "flip_share": share_bounds(bootstrap, flips.counts),
+        "flip_share": share_bounds(bootstrap, flips.counts, flips.can_flip),
     }
     return {
         f"{name}{suffix}": values

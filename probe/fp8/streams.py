@@ -8,10 +8,9 @@ the streams. Streams that have not differed so far share their hidden states, an
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ from probe.fp8.layers import (
 )
 from probe.hooks import PADDED_TOKENS, Recorder
 from probe.models import LoadedModel
-from probe.recipes import MODULE_KINDS, Recipe, resolve
+from probe.recipes import MODULE_KINDS, Recipe, described, resolve
 from probe.recording import Sample
 
 BATCH_SIZE = 8
@@ -140,7 +139,7 @@ def resolved(recipe: str | Recipe | Sequence[str | Recipe]) -> list[Recipe]:
     QuantizationError
         If there is none, if two have the same name, or if one has that of a noise floor.
     """
-    several = [recipe] if isinstance(recipe, str | Recipe) else list(recipe)
+    several: list[Any] = [recipe] if isinstance(recipe, str) or not isinstance(recipe, Sequence) else list(recipe)
     if not several:
         raise QuantizationError("no recipe is given: name one, or call noise_floor for the floors alone")
     found = [resolve(one) for one in several]
@@ -598,8 +597,3 @@ def _batches(ids: Sequence[Sequence[int]]) -> list[Batch]:
         lengths = torch.tensor([len(ids[text]) for text in texts])
         batches.append(Batch(texts, token_ids, torch.arange(token_ids.shape[1]) < lengths[:, None]))
     return batches
-
-
-def described(recipes: Sequence[Recipe]) -> str:
-    """Recipes in JSON, by name."""
-    return json.dumps({recipe.name: asdict(recipe) for recipe in recipes}, indent=2)

@@ -26,7 +26,7 @@ from probe import schema
 from probe.float8 import DeviationSums, Rounding, quantize
 from probe.fp8.layers import MODULES, matrices, require_known
 from probe.models import LoadedModel, ModelError, read_config, shipped_models
-from probe.recipes import Recipe, RecipeError, resolve
+from probe.recipes import Recipe, RecipeError, described, resolve
 from probe.schema import ATTENTION_KINDS
 from probe.sites import NotLlama4Error, output_head
 
@@ -333,7 +333,8 @@ def _dataset(weights: _Weights, recipes: list[Recipe], track: Callable[[list[_Pa
     }
     if any(part.layer is None for part in weights.parts):
         arrays |= {f"head_{name}": values for name, values in zip(LOSSES, head[:, by_recipe], strict=True)}
-    return schema.dataset("fp8_weights", arrays, {"attention_kind": ATTENTION_KINDS})
+    result = schema.dataset("fp8_weights", arrays, {"attention_kind": ATTENTION_KINDS})
+    return result.assign_attrs({"recipes": described(recipes)})
 
 
 def _measured(weight: Tensor, roundings: list[Rounding]) -> tuple[float, float, np.ndarray]:
