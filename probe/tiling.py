@@ -36,6 +36,9 @@ TILE_WEIGHTS = {"cpu": 1 << 20}
 TILES_PER_THREAD = 4
 """Fewer tiles of queries are not worth a thread."""
 
+START_SECONDS = 60
+"""Threads that have not started by then have met with an interrupt: nobody waits for them."""
+
 TILE_WEIGHTS_ELSEWHERE = 1 << 24
 """On an accelerator larger tiles pay for the launches."""
 
@@ -148,7 +151,7 @@ def _reduce_heads(attending: Attending, wanted: Wanted, key_heads: slice, shared
             ]
         return rows, totals
 
-    # Every so-manieth tile, because later queries see more keys.
+    # Each thread takes every n-th tile, because later queries see more keys.
     n_threads = _n_threads(len(tiles), query.device)
     done = _in_threads(reduce_tiles, [tiles[thread::n_threads] for thread in range(n_threads)])
     rows = [done[index % n_threads][0][index // n_threads] for index in range(len(tiles))]
@@ -178,12 +181,14 @@ def _in_threads(function: Callable[[T], R], parts: list[T]) -> list[R]:
     def alone() -> None:
         # Of the calling thread, and of threads that have not used torch yet: for these it is put right below.
         torch.set_num_threads(1)
-        ready.wait()
+        ready.wait(START_SECONDS)
 
     with ThreadPoolExecutor(len(parts), thread_name_prefix="probe-tiling", initializer=alone) as pool:
         done = [pool.submit(function, part) for part in parts]
-        ready.wait()
-        torch.set_num_threads(n_threads)
+        try:
+            ready.wait(START_SECONDS)
+        finally:
+            torch.set_num_threads(n_threads)
         return [one.result() for one in done]
 
 
