@@ -194,16 +194,27 @@ def test_sinks_by_hand():
 
 
 def test_position_profile_by_hand():
-    """Positions 0 to 6 in at most three bins: 0–2, 3–5 and 6."""
+    """Positions 0 to 6 in at most three bins, none across the border at 4: 0–3 and 4–6."""
     values = same([0], n_queries=7, n_heads=1)
     values[:, :3] = np.arange(7)[:, None, None]
     values[:, 3] = 10
     result = attention_maps.position_profile(planted({"entropy": values}, positions=[range(7)]), "entropy", n_bins=3)
-    assert result["position_bin"].values.tolist() == [0, 3, 6]
-    assert result["bin_stop"].values.tolist() == [3, 6, 7]
+    assert result["position_bin"].values.tolist() == [0, 4]
+    assert result["bin_stop"].values.tolist() == [4, 7]
     assert result.attrs == {"level": 0.95, "statistic": "entropy", "chunk_size": 4}
-    close(result["mean"].sel(attention_kind="rope"), [1, 4, 6])
-    close(result["mean"].sel(attention_kind="nope"), [10, 10, 10])
+    close(result["mean"].sel(attention_kind="rope"), [1.5, 5])
+    close(result["mean"].sel(attention_kind="nope"), [10, 10])
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_bins", "first"),
+    [(3, 2, [0, 2]), (4, 3, [0, 2]), (9, 5, [0, 2, 4, 6, 8]), (9, 9, list(range(9))), (17, 3, [0, 8, 16]), (5, 1, [0])],
+)
+def test_bins_of_positions_do_not_lie_across_a_border_of_chunks(n_tokens, n_bins, first):
+    """Chunk 4: within the first chunk bins are as they come; beyond, 1, 2 or 4 positions wide, or whole chunks."""
+    data = planted({"entropy": same([0], n_queries=n_tokens, n_heads=1)}, positions=[range(n_tokens)])
+    result = attention_maps.position_profile(data, "entropy", n_bins=n_bins)
+    assert result["position_bin"].values.tolist() == first
 
 
 def test_chunk_reach_by_hand():

@@ -99,7 +99,8 @@ def position_profile(attention: Attention, statistic: str, *, n_bins: int = 32, 
     ----------
     attention : Dataset with the statistic (query, layer, head, …), or a recording that holds it.
     statistic : its name, such as "entropy".
-    n_bins : at most so many bins, of equally many positions, from 0 to the last recorded position.
+    n_bins : at most so many bins, of equally many positions, from 0 to the last recorded position. Where that lies
+        beyond the first chunk no bin lies across a chunk border, unless it holds whole chunks.
     level : coverage of the intervals.
 
     Returns
@@ -126,7 +127,9 @@ def position_profile(attention: Attention, statistic: str, *, n_bins: int = 32, 
     data = queries_of(attention)
     variable, chunk_size = statistic_of(data, statistic), attribute(data, "chunk_size")
     position = data["position"].values.astype(np.int64)
-    width, bin_coords = _bins("position_bin", int(position.max(initial=-1)) + 1, n_bins, "first position in the bin")
+    stop = int(position.max(initial=-1)) + 1
+    width = _width_of_bins(stop, n_bins, chunk_size=int(chunk_size))
+    bin_coords = _bins("position_bin", stop, width, "first position in the bin")
     cells = cells_of(data, group=position // width, n_groups=bin_coords["position_bin"].size)
     estimate = interval.by_group(cells, kind_means(data, variable, cells))
     dims = ("position_bin", "attention_kind", *map(str, variable.dims[3:]))
@@ -175,7 +178,8 @@ def chunk_reach(attention: Attention, *, n_bins: int = 32, level: float = 0.95) 
     position = data["position"].values.astype(np.int64)
     in_chunk = position % chunk_size
     what = "first position in the bin, counted from the start of the query's chunk"
-    width, bin_coords = _bins("chunk_position", chunk_size, n_bins, what)
+    width = max(-(-chunk_size // n_bins), 1)
+    bin_coords = _bins("chunk_position", chunk_size, width, what)
     place = in_chunk // width
     middle = (bin_coords["chunk_position"].values + bin_coords["bin_stop"].values - 1) / 2
     border = position - in_chunk + np.where((middle >= chunk_size / 2)[place], chunk_size, 0)
@@ -244,11 +248,20 @@ def _require_bins(n_bins: int) -> None:
         raise ProbeError(f"n_bins is {n_bins!r}, it must be a whole number of at least 1")
 
 
-def _bins(name: str, stop: int, n_bins: int, long_name: str) -> tuple[int, dict[str, xr.Variable]]:
-    """Width of at most ``n_bins`` equal bins of the positions before ``stop``, and the coords that label them."""
+def _width_of_bins(stop: int, n_bins: int, *, chunk_size: int) -> int:
+    """Width of at most ``n_bins`` equal bins of the positions before ``stop``, in line with the chunks."""
     width = max(-(-stop // n_bins), 1)
+    if not 0 < chunk_size < stop:
+        return width
+    if width > chunk_size:
+        return -(-width // chunk_size) * chunk_size
+    return next(divisor for divisor in range(width, chunk_size + 1) if chunk_size % divisor == 0)
+
+
+def _bins(name: str, stop: int, width: int, long_name: str) -> dict[str, xr.Variable]:
+    """Coords that label bins of ``width`` positions before ``stop``."""
     first = np.arange(0, stop, width)
-    return width, {
+    return {
         name: xr.Variable(name, first, {"long_name": long_name, "units": "token"}),
         "bin_stop": xr.Variable(name, np.minimum(first + width, stop),
                                 {"long_name": "position after the last in the bin", "units": "token"}),
