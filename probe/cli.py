@@ -73,21 +73,26 @@ def main(
         raise typer.Exit
 
 
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Shipped model, local folder or hub id.", show_default="tiny-scout")
+]
+CorpusOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="JSONL, Parquet or text file, or a folder of them; may be given several times.",
+        show_default="the bundled corpus",
+    ),
+]
+DomainColumnOption = Annotated[
+    str | None, typer.Option(help="Column that names each record's domain.", show_default="domain")
+]
+
+
 @app.command()
 def report(
-    model: Annotated[
-        str | None, typer.Argument(help="Shipped model, local folder or hub id.", show_default="tiny-scout")
-    ] = None,
-    corpus: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="JSONL, Parquet or text file, or a folder of them; may be given several times.",
-            show_default="the bundled corpus",
-        ),
-    ] = None,
-    domain_column: Annotated[
-        str | None, typer.Option(help="Column that names each record's domain.", show_default="domain")
-    ] = None,
+    model: ModelArgument = None,
+    corpus: CorpusOption = None,
+    domain_column: DomainColumnOption = None,
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier report in it is replaced.")] = Path("report"),
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens kept of each text.", show_default="all")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Texts in one forward.")] = None,
@@ -149,9 +154,7 @@ def report(
 
 @app.command()
 def fp8(
-    model: Annotated[
-        str | None, typer.Argument(help="Shipped model, local folder or hub id.", show_default="tiny-scout")
-    ] = None,
+    model: ModelArgument = None,
     recipe: Annotated[
         list[str] | None,
         typer.Option(
@@ -161,16 +164,8 @@ def fp8(
             show_default="meta",
         ),
     ] = None,
-    corpus: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="JSONL, Parquet or text file, or a folder of them; may be given several times.",
-            show_default="the bundled corpus",
-        ),
-    ] = None,
-    domain_column: Annotated[
-        str | None, typer.Option(help="Column that names each record's domain.", show_default="domain")
-    ] = None,
+    corpus: CorpusOption = None,
+    domain_column: DomainColumnOption = None,
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier report in it is replaced.")] = Path(
         "fp8-report"
     ),

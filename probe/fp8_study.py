@@ -129,7 +129,7 @@ def study(
     if "sensitivity" not in leave_out:
         step(f"Which part costs what: {recipes[0]}")
         found = fp8_error.sensitivity(model, texts, recipe=recipes[0], **options)
-        tree["fp8_sensitivity"] = xr.DataTree(found.assign_attrs(n_texts=len(texts)))
+        tree["fp8_sensitivity"] = xr.DataTree(found)
     if "activations" not in leave_out:
         step("Range of the activations")
         tree["fp8_activations"] = xr.DataTree(

@@ -506,7 +506,7 @@ def record(
     columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
     with recorder, torch.inference_mode(), Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("", total=sum(map(len, ids)))
-        for batch in _batches(order, [len(text) for text in ids], batch_size):
+        for batch in batches(order, [len(text) for text in ids], batch_size):
             recorder._announced = np.array(batch)
             n_tokens = sum(len(ids[i]) for i in batch)
             if recorder._attention is not None:  # long texts take long: the bar moves layer by layer
@@ -518,7 +518,7 @@ def record(
     return recorder.trace(samples)
 
 
-def _batches(order: list[int], lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+def batches(order: list[int], lengths: list[int], batch_size: int) -> Iterator[list[int]]:
     """Texts of like length in batches; ``order`` has the longest first."""
     batch: list[int] = []
     for text in order:

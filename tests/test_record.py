@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 import probe
 from probe import schema
 from probe.dispatch import set_expert_dispatch
-from probe.hooks import RoutingSpec, _batches
+from probe.hooks import RoutingSpec, batches
 from probe.recording import RecordingError
 from probe.reduction import reduce_router
 from tests.plain_llama4 import forward as plain_forward
@@ -151,9 +151,9 @@ def test_top_k_of_all_experts_has_no_runner_up():
 
 def test_batches_hold_texts_of_like_length():
     lengths = [20_000, 9_000, 8_000, 7_000, 100, 90, 40, 5, 1]
-    batches = list(_batches(list(range(9)), lengths, batch_size=2))
-    assert batches == [[0], [1], [2, 3], [4, 5], [6], [7], [8]]
-    assert list(_batches([], [], batch_size=8)) == []
+    found = list(batches(list(range(9)), lengths, batch_size=2))
+    assert found == [[0], [1], [2, 3], [4, 5], [6], [7], [8]]
+    assert list(batches([], [], batch_size=8)) == []
 
 
 def test_two_hundred_and_fifty_six_experts_need_sixteen_bits():

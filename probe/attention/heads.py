@@ -73,7 +73,10 @@ def query_mean(
     Bootstrap(level)
     data = queries_of(attention)
     variable, cells = statistic_of(data, statistic), cells_of(data)
-    left_out = 1 - divide(cells.n_queries, _tokens_of(attention, cells, n_tokens))
+    of_cells = _tokens_of(attention, cells, n_tokens)
+    left_out = 1 - divide(cells.n_queries, of_cells)
+    unseen = _unseen(data, cells, of_cells, statistic) if statistic in OF_ONE_KEY else {}
+    kinds = schema.labels(data["attention_kind"]).tolist() if unseen else []
     shape = (cells.n_cells, *variable.shape[1:])
     mean, error, lower, upper = np.full((4, *shape), np.nan)
     largest = 1.0 if MeanInterval(level, statistic).is_share else np.inf
@@ -81,9 +84,8 @@ def query_mean(
         average, variance, n_defined = cells.moments(values)
         of_samples = left_out.reshape(-1, *(1,) * (average.ndim - 1))
         sampling = np.sqrt(divide(variance, n_defined) * of_samples)
-        if statistic in OF_ONE_KEY:
-            unseen = _unseen(data, cells, _tokens_of(attention, cells, n_tokens), layer, statistic)
-            sampling[sampling < unseen.reshape(of_samples.shape)] = np.nan
+        if unseen:
+            sampling[sampling < unseen[kinds[layer]].reshape(of_samples.shape)] = np.nan
         sampling[(of_samples == 0) & (n_defined > 0)] = 0
         reach = np.where(n_defined > 1, stdtrit(np.maximum(n_defined - 1, 1), (1 + level) / 2), 0) * sampling
         mean[:, layer], error[:, layer] = average, sampling
@@ -101,24 +103,28 @@ def query_mean(
     return xr.Dataset(arrays(data, dims, columns, coords=coords), attrs={"level": level, "statistic": statistic})
 
 
-def _unseen(data: xr.Dataset, cells: Cells, n_tokens: np.ndarray, layer: int, statistic: str) -> np.ndarray:
-    """By how much a mean (cell,) over all queries may exceed the drawn ones': see the notes of :func:`query_mean`."""
+def _unseen(data: xr.Dataset, cells: Cells, n_tokens: np.ndarray, statistic: str) -> dict[str, np.ndarray]:
+    """By how much a mean (cell,) over all queries may exceed the drawn ones', in layers of each kind of attention.
+
+    See the notes of :func:`query_mean`.
+    """
     chunk_size = int(data.attrs.get("chunk_size", 0))
-    is_rope = chunk_size > 0 and schema.labels(data["attention_kind"])[layer] == "rope"
-    position = data["position"].values.astype(np.int64)
-    moved = np.zeros(cells.n_cells)
-    for cell, n in enumerate(n_tokens.astype(int)):
-        own = position[cells.cell == cell]
-        n = max(n, own.max() + 1)  # a cache may have been filled before the recording began
-        is_drawn = np.zeros(n, bool)
-        is_drawn[own] = True
-        n_keys = np.arange(n) % chunk_size + 1 if is_rope else np.arange(n) + 1
-        # In a RoPE layer only the first chunk sees the first token.
-        n_keys = n_keys[:chunk_size] if is_rope and statistic == "sink_mass" else n_keys
-        is_drawn = is_drawn[: len(n_keys)]
-        drawn = np.sort(n_keys[is_drawn])
-        few = drawn[KNOWN_FROM - 1] if len(drawn) >= KNOWN_FROM else np.inf
-        moved[cell] = (1 / n_keys[~is_drawn & (n_keys <= few)]).sum() / n
+    order = np.argsort(cells.cell, kind="stable")
+    positions = np.split(data["position"].values.astype(np.int64)[order], np.cumsum(cells.n_queries))[:-1]
+    moved = {kind: np.zeros(cells.n_cells) for kind in schema.ATTENTION_KINDS}
+    for cell, (own, n_recorded) in enumerate(zip(positions, n_tokens.tolist(), strict=True)):
+        n = max(n_recorded, own.max() + 1)  # a cache may have been filled before the recording began
+        drawn_at = np.zeros(n, bool)
+        drawn_at[own] = True
+        for kind, values in moved.items():
+            is_rope = chunk_size > 0 and kind == "rope"
+            n_keys = np.arange(n) % chunk_size + 1 if is_rope else np.arange(n) + 1
+            # In a RoPE layer only the first chunk sees the first token.
+            n_keys = n_keys[:chunk_size] if is_rope and statistic == "sink_mass" else n_keys
+            is_drawn = drawn_at[: len(n_keys)]
+            drawn = np.sort(n_keys[is_drawn])
+            few = drawn[KNOWN_FROM - 1] if len(drawn) >= KNOWN_FROM else np.inf
+            values[cell] = (1 / n_keys[~is_drawn & (n_keys <= few)]).sum() / n
     return moved
 
 

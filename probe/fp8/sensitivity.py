@@ -127,7 +127,7 @@ def sensitivity(
                     table[name][index, setting] = values[place[row[0], setting]]
     columns = dict(zip(("unit", "unit_kind", "n_weights", "covered"), zip(*rows, strict=True), strict=True))
     result = schema.dataset("fp8_sensitivity", {**table, **columns, "setting": SETTINGS})
-    return result.assign_attrs({"recipes": described([known]), **bootstrap.attributes})
+    return result.assign_attrs({"recipes": described([known]), "n_texts": len(walk.ids), **bootstrap.attributes})
 
 
 class Flips:

@@ -38,7 +38,7 @@ from probe.fp8.layers import (
     run_feed_forward,
     run_layer,
 )
-from probe.hooks import PADDED_TOKENS, Recorder
+from probe.hooks import Recorder, batches
 from probe.models import LoadedModel
 from probe.recipes import MODULE_KINDS, Recipe, described, resolve
 from probe.recording import Sample
@@ -583,17 +583,11 @@ def _next_ids(batch: Batch) -> Tensor:
 
 def _batches(ids: Sequence[Sequence[int]]) -> list[Batch]:
     """Texts of like length in batches, the longest first, padded on the right."""
-    together: list[list[int]] = []
-    for text in sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True):
-        own = together[-1] if together else []
-        longest = len(ids[own[0]]) if own else 0
-        is_full = len(own) == BATCH_SIZE or (len(own) + 1) * longest > PADDED_TOKENS
-        if not own or is_full or 2 * len(ids[text]) < longest:
-            together.append(own := [])
-        own.append(text)
-    batches = []
-    for texts in together:
+    lengths_of = [len(text) for text in ids]
+    order = sorted(range(len(ids)), key=lengths_of.__getitem__, reverse=True)
+    found = []
+    for texts in batches(order, lengths_of, BATCH_SIZE):
         token_ids = nn.utils.rnn.pad_sequence([torch.tensor(ids[text]) for text in texts], batch_first=True)
         lengths = torch.tensor([len(ids[text]) for text in texts])
-        batches.append(Batch(texts, token_ids, torch.arange(token_ids.shape[1]) < lengths[:, None]))
-    return batches
+        found.append(Batch(texts, token_ids, torch.arange(token_ids.shape[1]) < lengths[:, None]))
+    return found
